@@ -2,9 +2,12 @@
 
     python bench/ingress_overhead.py --database-url postgresql://user@host/empty [--streams 8,32] [--rounds 4] [--output FILE]
 
-Both servers run all the time, on the default model with default flags, and are asked in turn: so many streams begin together,
-with prompts of 32 random tokens and answers of 48. Times are the client's: from sending a request to its first chunk with text
-(TTFT), and between chunks (ITL). One JSON with each round's figures and their medians.
+Both servers run all the time, on the default model with default flags, and are asked in turn: so many clients at once, each of
+which sends four requests one after another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at
+different times, as they do in use. (When all begin together, one of them may get an iteration for itself, and the others wait
+for it: whether that happens decides TTFT, and hides what the ingress costs.) Both servers get the same requests. Times are the
+client's: from sending a request to its first chunk with text (TTFT), and between chunks (ITL). One JSON with each round's
+figures, and for each figure the median of the differences within a round, with its standard error.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
-from typing import Any
+from random import Random
+from statistics import median, stdev
+from typing import Any, NamedTuple
 
 import httpx
 import torch
@@ -31,13 +35,21 @@ from coserve.machine import device_name, versions
 from coserve.model.locate import locate_model
 from coserve.text.tokenizer import ChatTokenizer
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 32, 48
+PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 32, (24, 72), 4
 
 
-async def stream(client: httpx.AsyncClient, url: str, model: str, prompt: list[int]) -> tuple[float, list[float]]:
+class Asked(NamedTuple):
+    """A request: its prompt's ids, and how many tokens it wants."""
+
+    prompt: list[int]
+    tokens: int
+
+
+async def stream(client: httpx.AsyncClient, url: str, model: str, asked: Asked) -> tuple[float, list[float]]:
     """Seconds to the first chunk with text, and between its chunks."""
     body = {
-        "model": model, "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "stream": True, "ignore_eos": True,
+        "model": model, "prompt": asked.prompt, "max_tokens": asked.tokens, "temperature": 0, "stream": True,
+        "ignore_eos": True,
     }
     times = [time.perf_counter()]
     async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -52,15 +64,37 @@ async def stream(client: httpx.AsyncClient, url: str, model: str, prompt: list[i
     return times[1] - times[0], [after - before for before, after in pairwise(times[1:])]
 
 
-async def measure(url: str, model: str, texts: list[list[int]]) -> dict[str, float]:
-    """So many streams at once: medians and p95 in milliseconds."""
+async def measure(url: str, model: str, plans: list[list[Asked]]) -> dict[str, float]:
+    """So many clients at once, each with its requests: medians and p95 in milliseconds."""
+    found: list[tuple[float, list[float]]] = []
+
+    async def work(client: httpx.AsyncClient, plan: list[Asked]) -> None:
+        found.extend([await stream(client, url, model, asked) for asked in plan])
+
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
-        found = await asyncio.gather(*(stream(client, url, model, text) for text in texts))
+        await asyncio.gather(*(work(client, plan) for plan in plans))
     ttft, itl = [first for first, _ in found], [gap for _, gaps in found for gap in gaps]
     return {
         f"{name}_{key}_ms": 1e3 * percentile(values, share)
         for name, values in (("ttft", ttft), ("itl", itl)) for key, share in (("p50", 0.5), ("p95", 0.95))
     } | {"itl_mean_ms": 1e3 * sum(itl) / len(itl)}
+
+
+def differences(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each figure: the direct server's median, the median of the differences within a round, and the standard error of
+    their mean."""
+    by_round: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_round.setdefault(row["round"], {})[row["server"]] = row
+    found = {}
+    for name in [name for name in rows[0] if name.endswith("_ms")]:
+        pairs = [(row["direct"][name], row["ingress"][name] - row["direct"][name]) for row in by_round.values()]
+        apart = [difference for _, difference in pairs]
+        found[name] = {
+            "direct": median(direct for direct, _ in pairs), "difference": median(apart),
+            "error": stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0,
+        }
+    return found
 
 
 def main() -> None:
@@ -74,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]
     tokenizer = ChatTokenizer.load(locate_model(options.model))
-    source = prompts(word_ids(tokenizer), (0, 1))
+    source, draw = prompts(word_ids(tokenizer), (0, 1)), Random(0)
     serve = [sys.executable, "-m", "coserve", "serve", *([options.model] if options.model else [])]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -88,9 +122,10 @@ def main() -> None:
             model = httpx.get(f"{direct.url}/v1/models", timeout=60).json()["data"][0]["id"]
             for number in range(-1, options.rounds):  # the first round warms up
                 for count in counts:
-                    texts = [source(PROMPT_TOKENS) for _ in range(count)]
+                    asked = [Asked(source(PROMPT_TOKENS), draw.randint(*OUTPUT_TOKENS)) for _ in range(count * REQUESTS)]
+                    plans = [asked[client::count] for client in range(count)]
                     for server in list(servers)[:: 1 if number % 2 else -1]:
-                        figures = asyncio.run(measure(servers[server], model, texts))
+                        figures = asyncio.run(measure(servers[server], model, plans))
                         row = {"server": server, "streams": count, "round": number, **figures}
                         if number >= 0:
                             rows.append(row)
@@ -98,21 +133,15 @@ def main() -> None:
                                 f"{key.removesuffix('_ms').replace('_', ' ')} {row[key]:.1f}"
                                 for key in ("ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_mean_ms", "itl_p95_ms")
                             ) + " ms", flush=True)
-    summary = {
-        str(count): {
-            server: {
-                key: median(row[key] for row in rows if row["server"] == server and row["streams"] == count)
-                for key in rows[0] if key.endswith("_ms")
-            } for server in servers
-        } for count in counts
-    }
-    for count, by_server in summary.items():
-        one, many = by_server["direct"], by_server["ingress"]
-        ratios = ", ".join(f"{key} {many[f'itl_{key}_ms'] / one[f'itl_{key}_ms'] - 1:+.1%}" for key in ("mean", "p50", "p95"))
-        print(f"{count} streams: TTFT p50 {many['ttft_p50_ms'] - one['ttft_p50_ms']:+.1f} ms, ITL {ratios}")
+    summary = {str(count): differences([row for row in rows if row["streams"] == count]) for count in counts}
+    for count_name, figures in summary.items():
+        for name, figure in figures.items():
+            print(f"{count_name} streams, {name.removesuffix('_ms').replace('_', ' ')}: {figure['direct']:.1f} ms, through the "
+                  f"ingress {figure['difference']:+.1f} ms ({figure['difference'] / figure['direct']:+.1%}), standard error "
+                  f"{figure['error']:.1f}")
     if options.output is not None:
         head = result_head(device_name(torch.device("cpu")), versions(), "python bench/ingress_overhead.py")
-        options.output.write_text(json.dumps({**head, "medians": summary, "rounds": rows}, indent=1) + "\n")
+        options.output.write_text(json.dumps({**head, "differences": summary, "rounds": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
