@@ -28,7 +28,7 @@ from coserve.runtime.loaded import LoadedModel
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import assert_nothing_left, build_model, drive, make_engine, prompt, random_adapter
 
-SECONDS = float(os.environ.get("COSERVE_SOAK_SECONDS", "45"))
+SECONDS = float(os.environ.get("COSERVE_SOAK_SECONDS", "30"))
 SEED = int(os.environ.get("COSERVE_SOAK_SEED", "0"))
 GROWTH_BYTES = 160 << 20
 """Resident memory may grow by so much after the first third."""

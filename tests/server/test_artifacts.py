@@ -151,6 +151,22 @@ def test_deletion(bench: Bench) -> None:
     assert not bench.entries, "a copy that nobody holds goes too"
 
 
+def test_what_is_deleted_while_it_is_stored_can_be_stored_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the next holder of a job sweeps what this one, which has lost it, still sends."""
+    source, flush = bench.write(), bench.store._objects.flush
+
+    def delete_and_flush(key: str) -> None:
+        bench.store._objects.remove("jobs/ftjob-1")
+        flush(key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.store._objects, "flush", delete_and_flush)
+        with pytest.raises(StorageRefused, match="deleted while"):
+            bench.store.put_directory(KEY, source)
+    bench.store.put_directory(KEY, source)
+    assert bench.store.exists(KEY)
+
+
 # --- stores that fail ---
 
 REFUSALS = [

@@ -1,7 +1,11 @@
-"""Each script of examples/ runs, as somebody would run it."""
+"""Each script of examples/ runs, as somebody would run it.
+
+COSERVE_LONG_EXAMPLES: set to run tune_for_tools.py too, which takes five minutes on two cores.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +50,7 @@ def test_tuned_model_by_client(tmp_path: Path) -> None:
     assert "Old Marta keeps the lighthouse." in said.partition("ft:")[2]
 
 
+@pytest.mark.skipif("COSERVE_LONG_EXAMPLES" not in os.environ, reason="it takes five minutes; set COSERVE_LONG_EXAMPLES")
 def test_tune_for_tools(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "coserve", "serve", "--data-dir", str(tmp_path / "data")]
     with running_server(command, tmp_path / "log") as server:

@@ -1,7 +1,7 @@
 """Replicas behind one address, as plain processes over one PostgreSQL and one directory: what clients see, alone and while
 processes are killed, stopped and cut off.
 
-COSERVE_FAULTS: how many random faults (4); COSERVE_FAULT_SEED: which ones.
+COSERVE_FAULTS: how many random faults (3); COSERVE_FAULT_SEED: which ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.tiny_directory import chat_lines
 pytestmark = pytest.mark.full
 pytest_plugins = ["tests.server.postgres"]
 
-FAULTS = int(os.environ.get("COSERVE_FAULTS", "4"))
+FAULTS = int(os.environ.get("COSERVE_FAULTS", "3"))
 SEED = int(os.environ.get("COSERVE_FAULT_SEED", "0"))
 EPOCHS, BATCH, LINES = 20, 4, 24
 STEPS = EPOCHS * LINES // BATCH

@@ -1,6 +1,6 @@
 """Jobs on a server whose processes are killed again and again, on a disk that is full, read-only, or has lied.
 
-COSERVE_KILLS: how many kills (4); COSERVE_KILL_SEED: which ones; COSERVE_KILL_MODEL: a model's directory (a tiny model). What
+COSERVE_KILLS: how many kills (3); COSERVE_KILL_SEED: which ones; COSERVE_KILL_MODEL: a model's directory (a tiny model). What
 counts: every job ends, each of its steps is on record once, and its losses are those of a run that nobody disturbed, to the
 last bit.
 """
@@ -29,7 +29,7 @@ from tests.tiny_directory import chat_lines
 pytestmark = pytest.mark.full
 pytest_plugins = ["tests.server.postgres"]
 
-KILLS = int(os.environ.get("COSERVE_KILLS", "4"))
+KILLS = int(os.environ.get("COSERVE_KILLS", "3"))
 SEED = int(os.environ.get("COSERVE_KILL_SEED", "0"))
 MODEL = os.environ.get("COSERVE_KILL_MODEL")
 EPOCHS, BATCH, LINES = 20 if MODEL is None else 4, 4, 24

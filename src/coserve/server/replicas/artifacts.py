@@ -28,7 +28,7 @@ from typing import NamedTuple
 import msgspec
 
 from coserve.core import CoserveError, InvalidRequest, NotFound
-from coserve.server.errors import Conflict
+from coserve.server.errors import Conflict, StorageRefused
 from coserve.server.replicas.artifactcache import ArtifactCache, ArtifactFile, ArtifactManifest, file_digest
 from coserve.server.replicas.objects import CHUNK_BYTES, ObjectStore, is_hanging, open_objects
 
@@ -146,10 +146,13 @@ class ArtifactStore:
             try:
                 known = self._read_manifest(key)
             except NotFound:
-                for folder in {str(PurePosixPath(file.name or _ONLY_FILE).parent) for file in files}:
-                    self._objects.flush(f"{key}/{place}/{folder}/{_ONLY_FILE}")
-                is_named = True  # from now on: a write that is given up may still succeed
-                self._objects.write_whole(f"{key}/{_MANIFEST}", msgspec.json.encode(manifest))
+                try:
+                    for folder in {str(PurePosixPath(file.name or _ONLY_FILE).parent) for file in files}:
+                        self._objects.flush(f"{key}/{place}/{folder}/{_ONLY_FILE}")
+                    is_named = True  # from now on: a write that is given up may still succeed
+                    self._objects.write_whole(f"{key}/{_MANIFEST}", msgspec.json.encode(manifest))
+                except FileNotFoundError as error:  # as by the next holder of a job, when this one has lost it
+                    raise StorageRefused(f"artifact {key} was deleted while it was stored; try again") from error
             else:
                 if known.digest != manifest.digest:
                     raise Conflict(f"artifact {key} is in the store already, with other files")
