@@ -1,13 +1,14 @@
 """What the ingress of a fleet costs: streams through `coserve serve --replicas 1` beside the same through `coserve serve`.
 
-    python bench/ingress_overhead.py --database-url postgresql://user@host/empty [--streams 8,32] [--rounds 4] [--output FILE]
+    python bench/ingress_overhead.py --database-url postgresql://user@host/empty [--streams 8,32] [--rounds 4] [--output F]
 
-Both servers run all the time, on the default model with default flags, and are asked in turn: so many clients at once, each of
-which sends four requests one after another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at
-different times, as they do in use. (When all begin together, one of them may get an iteration for itself, and the others wait
-for it: whether that happens decides TTFT, and hides what the ingress costs.) Both servers get the same requests. Times are the
-client's: from sending a request to its first chunk with text (TTFT), and between chunks (ITL). One JSON with each round's
-figures, and for each figure the median of the differences within a round, with its standard error.
+In each round both are started on the default model with default flags, one after the other, so that what one does while it
+waits costs the other nothing. They get the same requests: so many clients at once, each of which sends four requests one after
+another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at different times, as they do in use. (When
+all begin together, one of them may get an iteration for itself, and the others wait for it: whether that happens decides TTFT,
+and hides what the ingress costs.) Times are the client's: from sending a request to its first chunk with text (TTFT), and
+between chunks (ITL). One JSON with each round's figures, and for each figure the median of the differences within a round, with
+the standard error of their mean.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -80,6 +82,12 @@ async def measure(url: str, model: str, plans: list[list[Asked]]) -> dict[str, f
     } | {"itl_mean_ms": 1e3 * sum(itl) / len(itl)}
 
 
+def make_plans(source: Callable[[int], list[int]], draw: Random, clients: int) -> list[list[Asked]]:
+    """The requests of each client."""
+    asked = [Asked(source(PROMPT_TOKENS), draw.randint(*OUTPUT_TOKENS)) for _ in range(clients * REQUESTS)]
+    return [asked[client::clients] for client in range(clients)]
+
+
 def differences(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """For each figure: the direct server's median, the median of the differences within a round, and the standard error of
     their mean."""
@@ -111,28 +119,24 @@ def main() -> None:
     source, draw = prompts(word_ids(tokenizer), (0, 1)), Random(0)
     serve = [sys.executable, "-m", "coserve", "serve", *([options.model] if options.model else [])]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
         fleet = ["--replicas", "1", "--database-url", options.database_url, "--store", str(root / "store")]
-        with (
-            running_server([*serve, "--data-dir", str(root / "one")], root / "one.log") as direct,
-            running_server([*serve, "--data-dir", str(root / "fleet"), *fleet], root / "fleet.log") as ingress,
-        ):
-            servers = {"direct": direct.url, "ingress": ingress.url}
-            model = httpx.get(f"{direct.url}/v1/models", timeout=60).json()["data"][0]["id"]
-            for number in range(-1, options.rounds):  # the first round warms up
-                for count in counts:
-                    asked = [Asked(source(PROMPT_TOKENS), draw.randint(*OUTPUT_TOKENS)) for _ in range(count * REQUESTS)]
-                    plans = [asked[client::count] for client in range(count)]
-                    for server in list(servers)[:: 1 if number % 2 else -1]:
-                        figures = asyncio.run(measure(servers[server], model, plans))
-                        row = {"server": server, "streams": count, "round": number, **figures}
-                        if number >= 0:
-                            rows.append(row)
-                            print(f"{server:8} {count:3} streams: " + ", ".join(
-                                f"{key.removesuffix('_ms').replace('_', ' ')} {row[key]:.1f}"
-                                for key in ("ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_mean_ms", "itl_p95_ms")
-                            ) + " ms", flush=True)
+        commands = {
+            "direct": [*serve, "--data-dir", str(root / "one")], "ingress": [*serve, "--data-dir", str(root / "fleet"), *fleet],
+        }
+        for number in range(options.rounds):
+            plans = {count: make_plans(source, draw, count) for count in counts}
+            for name in list(commands)[:: 1 if number % 2 else -1]:
+                with running_server(commands[name], root / f"{name}.log") as server:
+                    model = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
+                    asyncio.run(measure(server.url, model, make_plans(source, Random(1), 2)))  # warms up
+                    for count in counts:
+                        figures = asyncio.run(measure(server.url, model, plans[count]))
+                        rows.append({"server": name, "streams": count, "round": number, **figures})
+                        print(f"{name:8} {count:3} streams: " + ", ".join(
+                            f"{key.removesuffix('_ms').replace('_', ' ')} {value:.1f}" for key, value in figures.items()
+                        ) + " ms", flush=True)
     summary = {str(count): differences([row for row in rows if row["streams"] == count]) for count in counts}
     for count_name, figures in summary.items():
         for name, figure in figures.items():

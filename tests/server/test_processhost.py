@@ -20,7 +20,7 @@ import pytest
 from coserve.server.replicas import processhost
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.memoryshare import share_memory
-from coserve.server.replicas.processhost import ProcessHost
+from coserve.server.replicas.processhost import ProcessHost, undo_niceness
 from coserve.server.replicas.setup import FleetSetup, read_setup, with_absolute_paths, write_setup
 from coserve.server.settings import ServerConfig
 from tests.arch.test_imports import imports
@@ -217,3 +217,20 @@ def test_engines_of_one_machine_share_its_memory() -> None:
 def test_a_host_needs_python_only() -> None:
     source = Path(str(processhost.__file__)).read_text()
     assert {found.name.split(".")[0] for found in imports(source)} <= sys.stdlib_module_names
+
+
+def test_rays_low_priority_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines in fleets ran at niceness 15, and a sixth slower beside whatever else the machine did."""
+    given: list[int] = []
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    monkeypatch.setattr("os.getpriority", lambda which, who: 15)
+    monkeypatch.setattr("os.setpriority", lambda which, who, priority: given.append(priority))
+    assert undo_niceness() == "" and given == [0]
+
+    def refuse(which: int, who: int, priority: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.setpriority", refuse)
+    assert "RAY_worker_niceness=0" in undo_niceness()
+    monkeypatch.setenv("RAY_worker_niceness", "5")
+    assert undo_niceness() == ""

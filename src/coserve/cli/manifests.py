@@ -134,6 +134,7 @@ spec:
               env:
 {_database_password(asked)}
                 - {{name: RAY_memory_monitor_refresh_ms, value: "0"}}  # an engine uses the memory that it may use
+                - {{name: RAY_worker_niceness, value: "0"}}  # an engine runs at the usual priority
 {_environment(asked)}
               lifecycle:  # the replica hands over its jobs and ends; then Ray does
                 preStop: {{exec: {{command: ["/bin/bash", "-c", {_text(DRAIN)}]}}}}
@@ -263,7 +264,7 @@ def _unit(title: str, command: Sequence[str], extra: Sequence[str] = (), behind:
     order = "network-online.target" + (f" {behind}.service" if behind else "")
     lines = [
         "[Unit]", f"Description={title}", f"After={order}", f"Wants={order}", "", "[Service]", "User=coserve",
-        "Environment=RAY_AUTH_MODE=token RAY_memory_monitor_refresh_ms=0 RAY_enable_metrics_collection=0",
+        "Environment=RAY_AUTH_MODE=token RAY_memory_monitor_refresh_ms=0 RAY_worker_niceness=0 RAY_enable_metrics_collection=0",
         "EnvironmentFile=-/etc/coserve.env", "StateDirectory=coserve", "StateDirectoryMode=0700", *extra,
         f"ExecStart={_shell(command)}", "Restart=always", "RestartSec=2", "TimeoutStopSec=90",
         "LimitNOFILE=65536", "", "[Install]",

@@ -47,6 +47,23 @@ _SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables that the process has no use for."""
 
 
+_NICENESS = "RAY_worker_niceness"
+
+
+def undo_niceness() -> str:
+    """Takes back that Ray starts actors at a low priority (15 by default), which their processes and engines would inherit:
+    whatever else the machine does would come before them. Where RAY_worker_niceness is set, it holds. Returns what is wrong, if
+    the system does not let it."""
+    found = os.getpriority(os.PRIO_PROCESS, 0)
+    if found <= 0 or _NICENESS in os.environ:
+        return ""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    except OSError:
+        return f"Ray runs processes at the low priority {found}; set {_NICENESS}=0 where `ray start` runs"
+    return ""
+
+
 def address_towards(other: str) -> str:
     """This machine's address on the network that leads to another one. Nothing is sent."""
     family, kind, _, _, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
@@ -82,6 +99,8 @@ class ProcessHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+        if problem := undo_niceness():
+            self._add(_line(logging.WARNING, problem))
         threading.Thread(target=self._run, name="coserve-process", daemon=True).start()
 
     def look(self, seen: int) -> bytes:

@@ -52,6 +52,7 @@ _LOCAL_VARIABLES: Mapping[str, str] = {
     "RAY_enable_metrics_collection": "0",  # coserve has metrics of its own
     "RAY_memory_monitor_refresh_ms": "0",  # it would end replicas where the machine's memory is used as it should be
     "RAY_prestart_worker_first_driver": "0",  # a process per core, for tasks that never come
+    "RAY_worker_niceness": "0",  # else all that the machine does comes before replicas
 }
 """Variables of a Ray that is started here, where they are not set."""
 _OBJECT_STORE_BYTES = 80 << 20
