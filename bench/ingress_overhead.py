@@ -4,9 +4,9 @@
 
 In each round both are started on the default model with default flags, one after the other, so that what one does while it
 waits costs the other nothing. They get the same requests: so many clients at once, each of which sends four requests one after
-another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at different times, as they do in use. (When
-all begin together, one of them may get an iteration for itself, and the others wait for it: whether that happens decides TTFT,
-and hides what the ingress costs.) Times are the client's: from sending a request to its first chunk with text (TTFT), and
+another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at different times, as they do in use.
+(When all begin together, one of them may get an iteration for itself, and the others wait for it: whether that happens decides
+TTFT, and hides what the ingress costs.) Times are the client's: from sending a request to its first chunk with text (TTFT), and
 between chunks (ITL). One JSON with each round's figures, and for each figure the median of the differences within a round, with
 the standard error of their mean.
 """
