@@ -6,18 +6,20 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from starlette.datastructures import UploadFile
 
 from coserve.cluster.leases import LeaseTiming
 from coserve.server.index.store import Store
 from coserve.server.jobs import journal
 from coserve.server.records import EventRecord, JobRecord
-from coserve.server.replicas import jobs as jobs_module
-from coserve.server.replicas.artifacts import ArtifactStore, open_store
+from coserve.server.replicas import jobsearch
+from coserve.server.replicas.artifacts import ArtifactStore, Stored, open_store
 from coserve.server.replicas.desk import JobDesk
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.jobs import ReplicaJobs
@@ -65,6 +67,18 @@ class Member:
         """Its engine does steps of a job."""
         for step in range(first, last + 1):
             self.engine.step(self.run_of(job), step, num_steps)
+
+    def hold_store(self, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[str]]:
+        """Its store takes artifacts only when the event is set. With it, the keys of those that were to be put there."""
+        put, go_on, keys = self.artifacts.put_directory, threading.Event(), list[str]()
+
+        def slowly(key: str, source: Path) -> Stored:
+            keys.append(key)
+            go_on.wait(10)
+            return put(key, source)
+
+        monkeypatch.setattr(self.artifacts, "put_directory", slowly)
+        return go_on, keys
 
     def freeze(self) -> None:
         """It renews and claims nothing more, and doesn't know: what a stopped process is when it goes on."""
@@ -179,7 +193,7 @@ def play_fleet(story: Story, url: str, model: Path, root: Path, monkeypatch: Any
     monkeypatch.setattr(journal, "RETRY_S", 0.1)
     monkeypatch.setattr("coserve.server.replicas.deliveries.RETRY_S", 0.05)
     monkeypatch.setattr("coserve.server.replicas.following.POLL_S", 0.05)
-    monkeypatch.setattr(jobs_module, "POLL_S", 0.1)
+    monkeypatch.setattr(jobsearch, "POLL_S", 0.1)
 
     async def run() -> None:
         fleet = Fleet(url, model, root, **settings)

@@ -15,7 +15,7 @@ from typing import Any
 from coserve.cluster.leases import LeaseTiming
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.replicas import jobs as jobs_module
+from coserve.server.replicas import jobsearch
 from coserve.server.replicas.artifacts import ArtifactStore, open_store
 from coserve.server.replicas.jobs import ReplicaJobs
 from coserve.server.settings import ServerConfig
@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "threads": 1, "kv_cache_memory_b
 
 async def main(name: str, url: str, store: str, root: str, model: str, headroom: float) -> None:
     """Runs until SIGTERM."""
-    jobs_module.POLL_S = 0.2
+    jobsearch.POLL_S = 0.2
     place = Path(root) / name
     config = ServerConfig(model=model, data_dir=place, **SETTINGS)
     place.mkdir(parents=True, exist_ok=True)

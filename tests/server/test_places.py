@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from coserve.core import ConfigError
+from coserve.server.errors import StorageRefused
 from coserve.server.index.place import PLACE_FILE, check_data_directory
 from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, FileRecord
@@ -42,6 +43,21 @@ def test_all_processes_of_a_fleet_agree_on_its_store(index: Store, postgres_url:
     for one in indexes:
         one.close()
     assert ids == {index.find_place()}
+
+
+def test_a_process_that_is_refused_while_another_one_chooses_asks_again(
+    index: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle, tries = index.settle_place, list[int]()
+
+    def busy(choose: Callable[[], str]) -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise StorageRefused("the index is busy; try again")
+        return settle(choose)
+
+    monkeypatch.setattr(index, "settle_place", busy)
+    assert open_own_store(config_of(tmp_path), index).id == index.find_place() and len(tries) == 3
 
 
 def test_a_machine_whose_store_is_not_mounted_is_refused(index: Store, tmp_path: Path) -> None:

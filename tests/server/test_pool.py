@@ -22,8 +22,8 @@ from coserve.scheduler.prefixhash import prompt_hashes
 from coserve.server.errors import EngineUnavailable, StorageRefused
 from coserve.server.link.messages import AdapterRef, Generate, Ready, Tokens
 from coserve.server.link.streams import RequestStream, StreamMaker
-from coserve.server.replicas import links, pool
-from coserve.server.replicas.members import Member, describe_engine
+from coserve.server.replicas import links, members, pool
+from coserve.server.replicas.members import Member, OwnRow, describe_engine
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.replicalink import ReplicaLink
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
@@ -465,6 +465,26 @@ def test_replicas_that_are_slow_to_refuse_a_request_are_not_all_asked(monkeypatc
         assert sum(len(replica.ensured) for replica in site.replicas) == 3
 
     run(5, story)
+
+
+def test_what_fails_once_does_not_end_the_look_at_the_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "REFRESH_EVERY_S", 0.01)
+    row = Member(id="ingress-1", kind="ingress", address="", public_key="k", node="here", info={})
+    failures: list[Exception] = [RuntimeError("a bug"), StorageRefused("away")]
+
+    def refresh(id: str, info: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return True
+
+    async def story() -> None:
+        table: Any = SimpleNamespace(refresh=refresh, alive=lambda: [row])
+        seen = asyncio.Event()
+        keeping = asyncio.create_task(OwnRow(table, lambda: row).keep(lambda found: seen.set()))
+        await seen.wait()
+        keeping.cancel()
+
+    asyncio.run(asyncio.wait_for(story(), 5))
 
 
 def test_a_refused_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

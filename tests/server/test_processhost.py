@@ -220,7 +220,7 @@ def test_a_host_needs_python_only() -> None:
 
 
 def test_rays_low_priority_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines in fleets ran at niceness 15, and a sixth slower beside whatever else the machine did."""
+    """Processes inherit their host's priority; engines of fleets ran at niceness 15."""
     given: list[int] = []
     monkeypatch.delenv("RAY_worker_niceness", raising=False)
     monkeypatch.setattr("os.getpriority", lambda which, who: 15)

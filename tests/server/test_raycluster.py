@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 
+from coserve.cli import manifests
 from coserve.core import ConfigError
 from coserve.server.replicas import raycluster
-from coserve.server.replicas.raycluster import RayFleet
+from coserve.server.replicas.raycluster import RayFleet, end_limits
+from coserve.server.replicas.setup import DRAIN_S
 from coserve.server.settings import ServerConfig
 from coserve.server.tenants import digest_keys
 from tests.server.test_processhost import FAKE, is_alive
@@ -144,6 +146,13 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         assert not any(map(is_alive, pids))
         order = [line for line in caplog.messages if line.endswith("drained")]
         assert order[1] == "ingress: drained" and {*order[2:]} == {f"{name}: drained" for name in names}
+
+
+def test_replicas_have_time_to_hand_over_their_jobs() -> None:
+    """The command ended them after 45 s."""
+    limits = end_limits(config_of(None, shutdown_timeout=10.0))
+    assert [*limits] == ["ingress", "engine"] and limits["engine"] > 10.0 + DRAIN_S
+    assert sum(limits.values()) < manifests._GRACE_S, "pods and units get as long"
 
 
 def test_secrets_that_ray_would_keep_are_warned_of(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:

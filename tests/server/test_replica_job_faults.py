@@ -18,7 +18,7 @@ from sqlalchemy import text
 from coserve.core import InvalidRequest
 from coserve.server.errors import Conflict, StorageRefused
 from coserve.server.replicas import fenced as fenced_module
-from coserve.server.replicas import jobs as jobs_module
+from coserve.server.replicas import jobsearch
 from coserve.server.replicas import runner as runner_module
 from coserve.server.replicas.artifacts import Stored
 from tests.server.fleet_bench import TIMING, Fleet, play_fleet
@@ -140,19 +140,29 @@ def test_errors_that_nobody_expects_end_neither_renewals_nor_claims(play: PlayFl
 
 
 @pytest.mark.full
+def test_a_replica_whose_scratch_disk_is_full_leaves_jobs_to_others(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        first, tries = await fleet.join(), list[str]()
+
+        def refuse(job: str) -> Path:
+            tries.append(job)
+            raise StorageRefused("the disk is full")
+
+        monkeypatch.setattr(first.jobs._outputs, "open", refuse)
+        job = await fleet.create()
+        await until(lambda: bool(tries))
+        second = await fleet.join(headroom=lambda: 0.2)  # it would be the later one to claim
+        assert await fleet.holder(job.id) is second and len(tries) == 1
+
+    play(story)
+
+
+@pytest.mark.full
 def test_an_engine_dies_while_two_checkpoints_are_on_their_way(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(fleet: Fleet) -> None:
         member = await fleet.join()
         job = await fleet.started()
-        run, go_on, sent = member.run_of(job), threading.Event(), list[str]()
-        put = member.artifacts.put_directory
-
-        def slowly(key: str, source: Path) -> Stored:
-            sent.append(key)
-            go_on.wait(10)
-            return put(key, source)
-
-        monkeypatch.setattr(member.artifacts, "put_directory", slowly)
+        run, (go_on, sent) = member.run_of(job), member.hold_store(monkeypatch)
         for step in (1, 2):
             member.steps(job, step, step)
             member.engine.checkpoint(run, step)
@@ -176,8 +186,8 @@ def test_a_job_that_no_replica_can_resume_fails(
     play: PlayFleet, monkeypatch: pytest.MonkeyPatch, param: str, starts: int
 ) -> None:
     """One whose data have changed fails at once; other kernels are tried everywhere."""
-    monkeypatch.setattr(jobs_module, "DECLINED_S", 0.3)
-    monkeypatch.setattr(jobs_module, "HOPELESS_S", 0.1)
+    monkeypatch.setattr(jobsearch, "DECLINED_S", 0.3)
+    monkeypatch.setattr(jobsearch, "HOPELESS_S", 0.1)
 
     async def story(fleet: Fleet) -> None:
         first = await fleet.join()

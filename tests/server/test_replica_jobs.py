@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -397,14 +396,7 @@ def test_a_slow_store_holds_the_job_not_its_events(play: PlayFleet, monkeypatch:
     async def story(fleet: Fleet) -> None:
         member = await fleet.join()
         job = await fleet.started()
-        run, go_on = member.run_of(job), threading.Event()
-        put = member.artifacts.put_directory
-
-        def slowly(key: str, source: Path) -> Stored:
-            go_on.wait(10)
-            return put(key, source)
-
-        monkeypatch.setattr(member.artifacts, "put_directory", slowly)
+        run, (go_on, _) = member.run_of(job), member.hold_store(monkeypatch)
         member.engine.checkpoint(run, 1)
         member.steps(job, 1, 3)
         await until(lambda: fleet.step_events(job) == [1, 2, 3])

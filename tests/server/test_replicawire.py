@@ -12,7 +12,7 @@ import zmq.asyncio
 
 from coserve.core import NotFound
 from coserve.server.errors import EngineUnavailable
-from coserve.server.replicas import replicawire
+from coserve.server.replicas import replicawire, wire
 from coserve.server.replicas.members import Member
 from coserve.server.replicas.messages import decode_to_replica
 from coserve.server.replicas.replicawire import ReplicaWire
@@ -122,3 +122,24 @@ def test_who_waits_for_a_replica_that_goes_is_told_and_may_send_when_it_is_back(
             assert one.heard == [b"again"]
 
     asyncio.run(story())
+
+
+def test_a_message_that_is_too_large_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sender is cut off before memory is taken for it; others are heard."""
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 1 << 16)
+
+    async def story() -> None:
+        async with pair() as one:
+            reader = asyncio.create_task(one.socket.read())
+            await one.wire.send("b", [b"small"])
+            await one.wire.send("b", [bytes(1 << 20)])
+            while one.heard != [b"small"]:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            assert one.heard == [b"small"]
+            await one.wire.send("b", [b"again"])
+            while one.heard != [b"small", b"again"]:
+                await asyncio.sleep(0.01)
+            reader.cancel()
+
+    asyncio.run(asyncio.wait_for(story(), 20))

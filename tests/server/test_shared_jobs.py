@@ -11,8 +11,7 @@ import pytest
 
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.replicas import helping
-from coserve.server.replicas import jobs as jobs_module
+from coserve.server.replicas import helping, jobsearch
 from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.helping import JobHelp, ShareFiles
@@ -70,7 +69,7 @@ class Place:
 def test_engines_share_a_job_and_one_is_killed(
     postgres_url: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs_module, "POLL_S", 0.2)
+    monkeypatch.setattr(jobsearch, "POLL_S", 0.2)
     monkeypatch.setattr(helping, "INVITE_S", 0.2)
     names = ["first", "second"]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from coserve.finetune.job import MetricsTable, StepRow
@@ -58,3 +62,22 @@ def test_a_package_that_fails_is_said(job: tuple[Path, JobRecord], tmp_path: Pat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (problem,) = export_metrics(directory, record)
     assert "wandb" in problem and "no room for a run" in problem
+
+
+def test_a_record_travels_under_any_locale(job: tuple[Path, JobRecord], tmp_path: Path) -> None:
+    """As UTF-8, where the system's encoding has no such letters."""
+    directory, record = job
+    record = dataclasses.replace(record, metadata={"note": "\u65e5\u672c"})
+    (tmp_path / "wandb.py").write_text(WANDB)
+    (tmp_path / "record.json").write_bytes(msgspec.json.encode(record))
+    program = (
+        "import msgspec, pathlib, sys\nfrom coserve.server.jobs.trackers import export_metrics\n"
+        "from coserve.server.records import JobRecord\n"
+        "record = msgspec.json.decode(pathlib.Path(sys.argv[1]).read_bytes(), type=JobRecord)\n"
+        "print(export_metrics(pathlib.Path(sys.argv[2]), record))\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": path}
+    command = [sys.executable, "-c", program, str(tmp_path / "record.json"), str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "[]\n", done.stderr

@@ -28,8 +28,8 @@ from coserve.model.locate import DEFAULT_INSTALL
 RAY_VERSION = "2.60.0"
 """The version that the fleet's tests run with; the image's must be the same."""
 SERVER_PORT = 8000
-_GRACE_S = 60
-"""Seconds that pods get to end: 10 for requests, 30 for checkpoints, some for the rest."""
+_GRACE_S = 200
+"""Seconds that pods and units get to end: 10 for requests, 120 to hand over jobs (DRAIN_S), 30 for engines, some for the rest."""
 DRAIN = (
     "pids=$(grep -lzxs \"coserve[.]server[.]replicas[.]main\" /proc/[0-9]*/cmdline | cut -d/ -f3); "
     f"kill $pids 2>/dev/null; for second in $(seq {_GRACE_S - 5}); do kill -0 $pids 2>/dev/null || break; sleep 1; done"
@@ -266,7 +266,7 @@ def _unit(title: str, command: Sequence[str], extra: Sequence[str] = (), behind:
         "[Unit]", f"Description={title}", f"After={order}", f"Wants={order}", "", "[Service]", "User=coserve",
         "Environment=RAY_AUTH_MODE=token RAY_memory_monitor_refresh_ms=0 RAY_worker_niceness=0 RAY_enable_metrics_collection=0",
         "EnvironmentFile=-/etc/coserve.env", "StateDirectory=coserve", "StateDirectoryMode=0700", *extra,
-        f"ExecStart={_shell(command)}", "Restart=always", "RestartSec=2", "TimeoutStopSec=90",
+        f"ExecStart={_shell(command)}", "Restart=always", "RestartSec=2", f"TimeoutStopSec={_GRACE_S}",
         "LimitNOFILE=65536", "", "[Install]",
         "WantedBy=multi-user.target",
     ]

@@ -46,8 +46,7 @@ class JobRunner:
     """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise.
 
     What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `launched`,
-    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `export`,
-    `write_end`, `left`, `catch_up`.
+    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `export`, `write_end`, `left`, `catch_up`.
     """
 
     def __init__(

@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coserve.runtime.loaded import DTYPES, find_model
+import torch
+
+from coserve.config.values import read_quantization
+from coserve.model.checkpoint import Checkpoint
+from coserve.model.locate import locate_model
+from coserve.runtime.loaded import DTYPES, resolve_dtype
 from coserve.server.settings import ServerConfig
 
 
@@ -18,5 +23,6 @@ def with_settled_dtype(config: ServerConfig, report: Callable[[str], None]) -> S
     report: takes the reason, as a line. Raises NotFound, InvalidRequest and ConfigError for a model that can't be used."""
     if config.dtype != "auto":
         return config
-    found = find_model(config.model, device="cpu", report=report, quantization=config.quantization)
-    return replace(config, dtype=next(name for name, dtype in DTYPES.items() if dtype == found.dtype))
+    architecture = Checkpoint(locate_model(config.model, report=report)).architecture
+    settled = resolve_dtype("auto", torch.device("cpu"), architecture, report, read_quantization(config.quantization))
+    return replace(config, dtype=next(name for name, dtype in DTYPES.items() if dtype == settled))

@@ -7,7 +7,7 @@ late.
 
 One task keeps the leases and claims jobs (cluster/leases.py decides when). It never waits for the database: renewals and claims
 run beside it, so that jobs pause in time whatever the database does. Owns: what becomes of a job between its claim and its end
-here. Does not own: the statements (claims.py), the run (runner.py), what tenants ask for (desk.py).
+here. Does not own: which jobs are taken, and when (jobsearch.py), the run (runner.py), what tenants ask for (desk.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,22 +37,15 @@ from coserve.server.replicas.claims import ClaimedJob, HeldRow, JobClaims
 from coserve.server.replicas.fenced import Fenced, FencedStore
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.helping import JobHelp
+from coserve.server.replicas.jobsearch import JobSearch
 from coserve.server.replicas.runner import Hold, ReplicaRunner, ServedNames
 from coserve.server.replicas.runs import RunsEngine, run_name
 from coserve.server.replicas.scratch import ScratchOutputs
+from coserve.server.replicas.setup import DRAIN_S
 from coserve.server.replicas.sweeping import sweep_job
 from coserve.server.replicas.usage import StoredBytes
 from coserve.server.settings import ServerConfig
 
-POLL_S = 1.0
-"""Seconds between two looks for jobs that wait, unless a nudge tells of one."""
-DRAIN_S = 120.0
-"""Seconds that jobs get to be handed over: to end their steps, and to be stored."""
-HOPELESS_S = 30.0
-"""Seconds between two looks for jobs that no replica can take."""
-DECLINED_S, FOREIGN_S = 600.0, 24 * 3600.0
-"""Seconds for which a job must have been one that no replica can take, before it fails: one that all have declined, as another
-replica may be starting; and one whose base nobody has, as another fleet of this database may be away."""
 _MAX_VALIDATING = 4
 """Jobs whose data a replica reads or is about to read, so that others get some."""
 T = TypeVar("T")
@@ -115,15 +106,11 @@ class ReplicaJobs:
         """Jobs that this replica has, also while their end is being written."""
         self._going: set[str] = set()
         """Jobs that it had until now: not to be claimed again before nothing of them is left here."""
-        self._declined: set[str] = set()
-        """Jobs that can't go on here, but may elsewhere."""
         self._threads = ThreadPoolExecutor(3, "coserve-leases")  # a renewal, a claim, a return
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake, self._left = asyncio.Event(), asyncio.Event()
-        self._next_claim_s, self._claiming, self._stopping = 0.0, False, False
-        self._next_hopeless_s = self._clock() + HOPELESS_S
-        self._hopeless_since: dict[str, float] = {}
-        self._refused_s = -math.inf  # when the database last refused a claim or a renewal
+        self._search = JobSearch(self._claims, self._timing, self._clock(), self._in_thread)
+        self._claiming = self._stopping = False
         engine.supervisor.on_up(self._engine_up)
         engine.supervisor.on_down(self._engine_down)
 
@@ -177,7 +164,7 @@ class ReplicaJobs:
         now = self._clock()
         if job in self._mine:
             self._book.hurry(now)
-        self._next_claim_s = now
+        self._search.next_s = now
         self._wake.set()
 
     # --- the task that keeps leases and claims jobs ---
@@ -189,7 +176,7 @@ class ReplicaJobs:
                 until = self._look(now)
             except Exception:  # a bug; without leases there would be no jobs here any more
                 _log.exception("jobs of this replica: an unexpected error")
-                until = now + POLL_S
+                until = now + self._search.poll_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), max(0.0, until - now))
             self._wake.clear()
@@ -201,10 +188,10 @@ class ReplicaJobs:
             self._spawn(self._renew(dict(asked)))
         self._return_surplus()
         may_claim = self._may_claim and not self._claiming
-        if may_claim and now >= self._next_claim_s:
+        if may_claim and now >= self._search.next_s:
             self._claiming, may_claim = True, False
             self._spawn(self._claim())
-        return min(self._book.next_s(), self._next_claim_s if may_claim else now + POLL_S)
+        return min(self._book.next_s(), self._search.next_s if may_claim else now + self._search.poll_s)
 
     def _take_over(self, changes: LeaseChanges) -> None:
         for jobs, lapsed in ((changes.lapsed, True), (changes.regained, False)):
@@ -221,8 +208,8 @@ class ReplicaJobs:
             rows: Mapping[str, HeldRow] = await self._in_thread(lambda: self._claims.renew(asked))
         except StorageRefused as error:
             _log.warning("leases can't be renewed: %s", error)
-            self._refused_s = self._clock()
-            self._book.failed(self._refused_s)
+            self._search.refused(self._clock())
+            self._book.failed(self._clock())
         except Exception:  # a bug; the leases are needed all the same
             _log.exception("leases can't be renewed: an unexpected error")
             self._book.failed(self._clock())
@@ -248,46 +235,24 @@ class ReplicaJobs:
     async def _claim(self) -> None:
         now, (may_run, may_validate) = self._clock(), self._room
         running = sum(mine.live.record.status == "running" for mine in self._mine.values())
-        delay = self._timing.claim_delay(self._headroom(), running)
-        fingerprint, others_had_time = self._engine.info.fingerprint, self._others_had_time(now)
         try:
-            claimed = await self._in_thread(lambda: self._claims.claim(
-                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined},
-                fingerprint=fingerprint, from_others=others_had_time,
-            ))
-            if claimed is None and others_had_time and now >= self._next_hopeless_s:
-                self._next_hopeless_s = now + HOPELESS_S * random.uniform(0.8, 1.2)
-                claimed = await self._in_thread(lambda: self._claim_hopeless(fingerprint, now))
-            if claimed is None:
-                self._next_claim_s = now + min(POLL_S * random.uniform(0.8, 1.2), max(delay, 0.05) if delay else POLL_S)
-            else:
-                self._next_claim_s = now
+            claimed = await self._search.find(
+                now, self._engine.info.fingerprint, delay_s=self._timing.claim_delay(self._headroom(), running),
+                may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going},
+            )
+            if claimed is not None:
                 await self._take(claimed, now)
         except (StorageRefused, Fenced) as error:
             _log.warning("jobs can't be claimed: %s", error)
-            self._next_claim_s = now + POLL_S
+            self._search.next_s = now + self._search.poll_s
             if isinstance(error, StorageRefused):
-                self._refused_s = self._clock()
-                self._next_hopeless_s = self._refused_s + HOPELESS_S
+                self._search.refused(self._clock())
         except Exception:  # a bug; it must not be tried again without a pause
             _log.exception("jobs can't be claimed: an unexpected error")
-            self._next_claim_s = now + POLL_S
+            self._search.next_s = now + self._search.poll_s
         finally:
             self._claiming = False
             self._wake.set()
-
-    def _claim_hopeless(self, fingerprint: str, now: float) -> ClaimedJob | None:
-        """A job that no replica could take at any look for long enough."""
-        found = self._claims.find_hopeless(fingerprint)
-        self._hopeless_since = {job: self._hopeless_since.get(job, now) for job in found}
-        limits = {job: FOREIGN_S if foreign else DECLINED_S for job, foreign in found.items()}
-        late = [job for job, limit in limits.items() if now - self._hopeless_since[job] >= limit]
-        return self._claims.claim_hopeless(fingerprint, late) if late else None
-
-    def _others_had_time(self, now: float) -> bool:
-        """Whether others would have renewed their leases by now, if they live. Where the database was away for longer than a
-        lease, all leases have ended when it is back."""
-        return now >= self._refused_s + self._timing.renew_s + self._timing.retry_s
 
     async def _take(self, claimed: ClaimedJob, sent_s: float) -> None:
         record, runner = claimed.record, self._runner
@@ -299,7 +264,7 @@ class ReplicaJobs:
             await asyncio.to_thread(self._outputs.open, record.id)
         except StorageRefused as error:  # of the scratch disk. Others are to have the job, which this replica would claim again
             _log.warning("a job can't be taken, and none is for a while: %s", error, extra={"job": record.id})
-            self._next_claim_s = self._clock() + self._timing.lease_s
+            self._search.next_s = self._clock() + self._timing.lease_s
             self._give_back(mine)
             return
         runner.live[record.id] = live
@@ -356,7 +321,7 @@ class ReplicaJobs:
             self._give_back(mine)
 
     def _on_refused(self, live: UnfinishedJob) -> None:
-        self._declined.add(live.record.id)
+        self._search.decline(live.record.id)
         self._on_left(live)
 
     def _leave(self, mine: _Mine) -> None:

@@ -41,7 +41,7 @@ from coserve.server.replicas.fleetsettings import check_fleet, shown_secrets
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.placement import Machine, Needs, check_room, needs_of, place, sharers
 from coserve.server.replicas.processhost import PROCESS_MODULE, ProcessHost
-from coserve.server.replicas.setup import FleetSetup, with_absolute_paths, write_setup
+from coserve.server.replicas.setup import DRAIN_S, FleetSetup, with_absolute_paths, write_setup
 from coserve.server.settings import ServerConfig
 from coserve.server.tenants import KEYS_VARIABLE, digest_keys, read_keys
 
@@ -90,6 +90,12 @@ def _set_variables() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def end_limits(config: ServerConfig) -> dict[str, float]:
+    """Seconds that processes get to end, by their kinds in the order in which they end."""
+    ingress_s = config.shutdown_timeout + _END_S
+    return {"ingress": ingress_s, "engine": ingress_s + DRAIN_S + STOP_S}
 
 
 @dataclass(slots=True)
@@ -364,8 +370,7 @@ class RayFleet:
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Ends all in order: the ingress takes no new connections and answers what it has, then replicas hand over their jobs.
         Each of the two gets the time that the settings allow. hurry: whether to wait no longer."""
-        limits = {"ingress": self.config.shutdown_timeout + _END_S, "engine": self.config.shutdown_timeout + STOP_S + _END_S}
-        for kind, limit in limits.items():
+        for kind, limit in end_limits(self.config).items():
             those = [hosted for hosted in self._hosted if hosted.kind == kind]
             for hosted in those:
                 self._stop(hosted)

@@ -179,7 +179,7 @@ class ReplicaLink:
         """Tells all watchers how this replica is, until it is cancelled. While the engine reports, each report is a beat."""
         while True:
             self._quiet_beats = self._quiet_beats + 1 if self._engine.ready else 0
-            if self._quiet_beats != 1:
+            if self._quiet_beats != 1:  # a report has come since the last look, and was a beat
                 self.tell()
             if self._silent:
                 self._give_back(list(self._streams), make_problem(EngineUnavailable(_SILENCE)), suspect=True)

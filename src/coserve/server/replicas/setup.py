@@ -11,6 +11,9 @@ from coserve.server.replicas.processhost import REFUSED as REFUSED
 from coserve.server.replicas.processhost import SERVES as SERVES
 from coserve.server.settings import ServerConfig
 
+DRAIN_S = 120.0
+"""Seconds that a replica gets to hand over its jobs: to end their steps, and to have them stored."""
+
 
 class FleetSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a process of the fleet reads first. host: the address at which others reach its machine. node: what its machine is
