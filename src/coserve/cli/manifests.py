@@ -29,7 +29,7 @@ RAY_VERSION = "2.60.0"
 """The version that the fleet's tests run with; the image's must be the same."""
 SERVER_PORT = 8000
 _GRACE_S = 200
-"""Seconds that pods and units get to end: 10 for requests, 120 to hand over jobs (DRAIN_S), 30 for engines, some for the rest."""
+"""Seconds that pods and units get to end: 10 for requests, 120 to hand over jobs (DRAIN_S), 30 for engines, some more."""
 DRAIN = (
     "pids=$(grep -lzxs \"coserve[.]server[.]replicas[.]main\" /proc/[0-9]*/cmdline | cut -d/ -f3); "
     f"kill $pids 2>/dev/null; for second in $(seq {_GRACE_S - 5}); do kill -0 $pids 2>/dev/null || break; sleep 1; done"
