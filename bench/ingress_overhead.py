@@ -1,14 +1,15 @@
 """What the ingress of a fleet costs: streams through `coserve serve --replicas 1` beside the same through `coserve serve`.
 
-    python bench/ingress_overhead.py --database-url postgresql://user@host/empty [--streams 8,32] [--rounds 4] [--output F]
+    python bench/ingress_overhead.py --database-url postgresql://user@host/empty [--rounds 4] [--threads 1] [--output F]
 
 In each round both are started on the default model with default flags, one after the other, so that what one does while it
 waits costs the other nothing. They get the same requests: so many clients at once, each of which sends four requests one after
 another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at different times, as they do in use.
 (When all begin together, one of them may get an iteration for itself, and the others wait for it: whether that happens decides
-TTFT, and hides what the ingress costs.) Times are the client's: from sending a request to its first chunk with text (TTFT), and
-between chunks (ITL). One JSON with each round's figures, and for each figure the median of the differences within a round, with
-the standard error of their mean.
+TTFT, and hides what the ingress costs.) An engine computes on all cores by default, so that whatever another process does holds
+it up; --threads leaves cores free, and then the figures are those of the way through the ingress alone. Times are the client's:
+from sending a request to its first chunk with text (TTFT), and between chunks (ITL). One JSON with each round's figures, and
+for each figure the median of the differences within a round, with the standard error of their mean.
 """
 
 from __future__ import annotations
@@ -112,12 +113,14 @@ def main() -> None:
     parser.add_argument("--streams", default="8,32", help="streams at once, joined by commas")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--model", help="a model's directory (the default model)")
+    parser.add_argument("--threads", type=int, help="of each engine (as many as there are cores)")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]
     tokenizer = ChatTokenizer.load(locate_model(options.model))
     source, draw = prompts(word_ids(tokenizer), (0, 1)), Random(0)
     serve = [sys.executable, "-m", "coserve", "serve", *([options.model] if options.model else [])]
+    serve += [] if options.threads is None else ["--threads", str(options.threads)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
