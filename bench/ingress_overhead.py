@@ -7,16 +7,22 @@ waits costs the other nothing. They get the same requests: so many clients at on
 another, with prompts of 32 random tokens and answers of 24 to 72. So requests begin at different times, as they do in use.
 (When all begin together, one of them may get an iteration for itself, and the others wait for it: whether that happens decides
 TTFT, and hides what the ingress costs.) An engine computes on all cores by default, so that whatever another process does holds
-it up; --threads leaves cores free, and then the figures are those of the way through the ingress alone. Times are the client's:
-from sending a request to its first chunk with text (TTFT), and between chunks (ITL). One JSON with each round's figures, and
-for each figure the median of the differences within a round, with the standard error of their mean.
+it up; --threads leaves cores free. Times are the client's: from sending a request to its first chunk with text (TTFT), and
+between chunks (ITL). One JSON with each round's figures, and for each figure the median of the differences within a round, with
+the standard error of their mean.
+
+Two figures say why the ingress costs what it does. others: how much of one processor the server's processes take, but for the
+engine's. slowdown: how many times as long a loop on one processor takes while the others are busy, which is more than one where
+they are hardware threads of one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -31,7 +37,7 @@ import httpx
 import torch
 
 from coserve.bench.results import result_head
-from coserve.bench.servers import running_server
+from coserve.bench.servers import HealthyServer, command_of, descendants, processor_seconds, running_process, running_server
 from coserve.bench.workload import prompts, word_ids
 from coserve.core import percentile
 from coserve.machine import device_name, versions
@@ -39,6 +45,8 @@ from coserve.model.locate import locate_model
 from coserve.text.tokenizer import ChatTokenizer
 
 PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 32, (24, 72), 4
+ENGINE = "coserve.server.link.enginemain"
+"""In the command of an engine's process."""
 
 
 class Asked(NamedTuple):
@@ -83,6 +91,36 @@ async def measure(url: str, model: str, plans: list[list[Asked]]) -> dict[str, f
     } | {"itl_mean_ms": 1e3 * sum(itl) / len(itl)}
 
 
+def others_seconds(server: HealthyServer) -> float:
+    """Processor seconds of the server's processes so far, but for the engine's."""
+    pids = [server.group.pid, *descendants(server.group.pid)]
+    return sum(processor_seconds(pid) for pid in pids if ENGINE not in command_of(pid))
+
+
+def slowdown(log: Path) -> float:
+    """How many times as long a loop on one processor takes while all others are busy: the median of five pairs."""
+    first, *others = sorted(os.sched_getaffinity(0))
+
+    def loop() -> float:
+        began = time.perf_counter()
+        sum(number * number % 7 for number in range(2_000_000))
+        return time.perf_counter() - began
+
+    found = []
+    try:
+        os.sched_setaffinity(0, {first})
+        for _ in range(5):
+            alone = loop()
+            with contextlib.ExitStack() as busy:
+                for core in others:
+                    busy.enter_context(running_process([sys.executable, "-c", "while True: pass"], log, cores=[core]))
+                time.sleep(0.3)  # for them to start
+                found.append(loop() / alone)
+    finally:
+        os.sched_setaffinity(0, {first, *others})
+    return median(found)
+
+
 def make_plans(source: Callable[[int], list[int]], draw: Random, clients: int) -> list[list[Asked]]:
     """The requests of each client."""
     asked = [Asked(source(PROMPT_TOKENS), draw.randint(*OUTPUT_TOKENS)) for _ in range(clients * REQUESTS)]
@@ -96,7 +134,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     for row in rows:
         by_round.setdefault(row["round"], {})[row["server"]] = row
     found = {}
-    for name in [name for name in rows[0] if name.endswith("_ms")]:
+    for name in [name for name in rows[0] if name.endswith(("_ms", "_share"))]:
         pairs = [(row["direct"][name], row["ingress"][name] - row["direct"][name]) for row in by_round.values()]
         apart = [difference for _, difference in pairs]
         found[name] = {
@@ -124,6 +162,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
+        slower = slowdown(root / "busy.log")
+        print(f"a loop takes {slower:.2f} times as long while the other processors are busy", flush=True)
         fleet = ["--replicas", "1", "--database-url", options.database_url, "--store", str(root / "store")]
         commands = {
             "direct": [*serve, "--data-dir", str(root / "one")], "ingress": [*serve, "--data-dir", str(root / "fleet"), *fleet],
@@ -135,20 +175,26 @@ def main() -> None:
                     model = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
                     asyncio.run(measure(server.url, model, make_plans(source, Random(1), 2)))  # warms up
                     for count in counts:
+                        began, before = time.perf_counter(), others_seconds(server)
                         figures = asyncio.run(measure(server.url, model, plans[count]))
+                        figures["others_share"] = (others_seconds(server) - before) / (time.perf_counter() - began)
                         rows.append({"server": name, "streams": count, "round": number, **figures})
                         print(f"{name:8} {count:3} streams: " + ", ".join(
-                            f"{key.removesuffix('_ms').replace('_', ' ')} {value:.1f}" for key, value in figures.items()
-                        ) + " ms", flush=True)
+                            f"{key.removesuffix('_ms').replace('_', ' ')} {value:.1f}" for key, value in figures.items() if key.endswith("_ms")
+                        ) + f" ms, others {figures['others_share']:.1%}", flush=True)
     summary = {str(count): differences([row for row in rows if row["streams"] == count]) for count in counts}
     for count_name, figures in summary.items():
         for name, figure in figures.items():
+            if name.endswith("_share"):
+                print(f"{count_name} streams, others: {figure['direct']:.1%} of a processor, with the ingress "
+                      f"{figure['difference']:+.1%}")
+                continue
             print(f"{count_name} streams, {name.removesuffix('_ms').replace('_', ' ')}: {figure['direct']:.1f} ms, through the "
                   f"ingress {figure['difference']:+.1f} ms ({figure['difference'] / figure['direct']:+.1%}), standard error "
                   f"{figure['error']:.1f}")
     if options.output is not None:
         head = result_head(device_name(torch.device("cpu")), versions(), "python bench/ingress_overhead.py")
-        options.output.write_text(json.dumps({**head, "differences": summary, "rounds": rows}, indent=1) + "\n")
+        options.output.write_text(json.dumps({**head, "slowdown": slower, "differences": summary, "rounds": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _stat(directory: Path) -> list[str]:
         return []
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     """What a process runs; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:200]
@@ -115,7 +115,7 @@ class ProcessGroup:
         self._signal(signal.SIGCONT)
         used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in now.items()}
         if sum(used.values()) > HALTED_S:
-            most = ", ".join(f"process {pid} ({_command(pid)}) {seconds:.2f} s" for pid, seconds in used.items() if seconds)
+            most = ", ".join(f"process {pid} ({command_of(pid)}) {seconds:.2f} s" for pid, seconds in used.items() if seconds)
             raise RuntimeError(f"something let halted processes go on, and they used the processors: {most}")
 
     def _stopped(self) -> bool:
