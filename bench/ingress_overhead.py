@@ -11,18 +11,15 @@ it up; --threads leaves cores free. Times are the client's: from sending a reque
 between chunks (ITL). One JSON with each round's figures, and for each figure the median of the differences within a round, with
 the standard error of their mean.
 
-Two figures say why the ingress costs what it does. others: how much of one processor the server's processes take, but for the
-engine's. slowdown: how many times as long a loop on one processor takes while the others are busy, which is more than one where
-they are hardware threads of one core.
+One figure says why the ingress costs what it does. others: how much of one processor the server's processes take, but for the
+engine's.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -37,7 +34,7 @@ import httpx
 import torch
 
 from coserve.bench.results import result_head
-from coserve.bench.servers import HealthyServer, command_of, descendants, processor_seconds, running_process, running_server
+from coserve.bench.servers import HealthyServer, command_of, descendants, processor_seconds, running_server
 from coserve.bench.workload import prompts, word_ids
 from coserve.core import percentile
 from coserve.machine import device_name, versions
@@ -97,30 +94,6 @@ def others_seconds(server: HealthyServer) -> float:
     return sum(processor_seconds(pid) for pid in pids if ENGINE not in command_of(pid))
 
 
-def slowdown(log: Path) -> float:
-    """How many times as long a loop on one processor takes while all others are busy: the median of five pairs."""
-    first, *others = sorted(os.sched_getaffinity(0))
-
-    def loop() -> float:
-        began = time.perf_counter()
-        sum(number * number % 7 for number in range(2_000_000))
-        return time.perf_counter() - began
-
-    found = []
-    try:
-        os.sched_setaffinity(0, {first})
-        for _ in range(5):
-            alone = loop()
-            with contextlib.ExitStack() as busy:
-                for core in others:
-                    busy.enter_context(running_process([sys.executable, "-c", "while True: pass"], log, cores=[core]))
-                time.sleep(0.3)  # for them to start
-                found.append(loop() / alone)
-    finally:
-        os.sched_setaffinity(0, {first, *others})
-    return median(found)
-
-
 def make_plans(source: Callable[[int], list[int]], draw: Random, clients: int) -> list[list[Asked]]:
     """The requests of each client."""
     asked = [Asked(source(PROMPT_TOKENS), draw.randint(*OUTPUT_TOKENS)) for _ in range(clients * REQUESTS)]
@@ -162,8 +135,6 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        slower = slowdown(root / "busy.log")
-        print(f"a loop takes {slower:.2f} times as long while the other processors are busy", flush=True)
         fleet = ["--replicas", "1", "--database-url", options.database_url, "--store", str(root / "store")]
         commands = {
             "direct": [*serve, "--data-dir", str(root / "one")], "ingress": [*serve, "--data-dir", str(root / "fleet"), *fleet],
@@ -179,8 +150,9 @@ def main() -> None:
                         figures = asyncio.run(measure(server.url, model, plans[count]))
                         figures["others_share"] = (others_seconds(server) - before) / (time.perf_counter() - began)
                         rows.append({"server": name, "streams": count, "round": number, **figures})
+                        times = {key.removesuffix("_ms"): value for key, value in figures.items() if key.endswith("_ms")}
                         print(f"{name:8} {count:3} streams: " + ", ".join(
-                            f"{key.removesuffix('_ms').replace('_', ' ')} {value:.1f}" for key, value in figures.items() if key.endswith("_ms")
+                            f"{key.replace('_', ' ')} {value:.1f}" for key, value in times.items()
                         ) + f" ms, others {figures['others_share']:.1%}", flush=True)
     summary = {str(count): differences([row for row in rows if row["streams"] == count]) for count in counts}
     for count_name, figures in summary.items():
@@ -194,7 +166,7 @@ def main() -> None:
                   f"{figure['error']:.1f}")
     if options.output is not None:
         head = result_head(device_name(torch.device("cpu")), versions(), "python bench/ingress_overhead.py")
-        options.output.write_text(json.dumps({**head, "slowdown": slower, "differences": summary, "rounds": rows}, indent=1) + "\n")
+        options.output.write_text(json.dumps({**head, "differences": summary, "rounds": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
