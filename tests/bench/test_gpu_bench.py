@@ -86,6 +86,7 @@ def test_parts_that_fail_cost_only_themselves(tmp_path: Path) -> None:
     assert torn, "the next part's row is on a line of its own"
 
 
+@pytest.mark.full
 def test_a_part_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
     begin = time.monotonic()
     ran = Ran(tmp_path, "hangs", "hangs-at-once", "good")

@@ -229,6 +229,7 @@ def test_the_command_prints_the_table(tmp_path: Path, run: RunCommand) -> None:
 # --- a real engine ---
 
 
+@pytest.mark.full
 def test_sharing_keeps_logs_of_a_tiny_engine_and_bounds_its_rows(tmp_path: Path) -> None:
     model = build_model(tmp_path / "model")
     words = word_ids(model.tokenizer)

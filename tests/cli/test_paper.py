@@ -67,6 +67,7 @@ def test_an_environment_without_vllm_inside(run: Run, tmp_path: Path) -> None:
     assert ran.code == 2 and "can't tell its versions of vllm and torch (ModuleNotFoundError: no vllm)" in ran.err
 
 
+@pytest.mark.full
 def test_a_whole_measurement(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe_module, "SAMPLE_S", 0.05)
     monkeypatch.setattr(paper_module, "VersusConfig", partial(VersusConfig, warmup_s=0.1))

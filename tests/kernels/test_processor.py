@@ -120,6 +120,7 @@ print("SUPPORTED", bfloat16_products().supported)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not bfloat16_products().supported, reason="this processor does not multiply bfloat16")
 @pytest.mark.parametrize("env", [
     {"ONEDNN_MAX_CPU_ISA": "nonsense"}, {"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "AVX512_CORE"},

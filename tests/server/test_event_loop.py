@@ -269,6 +269,7 @@ def test_a_long_response(site: Site, stream: bool) -> None:
     assert stall < LIMIT_S, f"{1000 * stall:.0f} ms"
 
 
+@pytest.mark.full
 def test_the_malformed_suite(site: Site) -> None:
     def play() -> None:
         for wrong in wrong_fields(MODEL):

@@ -288,6 +288,7 @@ def finished_job(client: httpx.Client) -> tuple[dict[str, Any], str]:
     return client.get(path).json(), client.get(f"{path}/checkpoints").json()["data"][0]["fine_tuned_model_checkpoint"]
 
 
+@pytest.mark.full
 def test_nothing_of_one_tenant_is_visible_to_another(shared: RunningServer) -> None:
     with client_of(shared, "a") as mine, client_of(shared, "b") as theirs:
         job, checkpoint = finished_job(mine)

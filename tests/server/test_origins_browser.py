@@ -154,6 +154,7 @@ def test_the_own_page_and_allowed_websites_go_on_working(browser: Any) -> None:
                 page.close()
 
 
+@pytest.mark.full
 def test_a_whole_server_is_left_alone(browser: Any, server: RunningServer) -> None:
     port = server.url.rpartition(":")[2]
 

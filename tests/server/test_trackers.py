@@ -64,6 +64,7 @@ def test_a_package_that_fails_is_said(job: tuple[Path, JobRecord], tmp_path: Pat
     assert "wandb" in problem and "no room for a run" in problem
 
 
+@pytest.mark.full
 def test_a_record_travels_under_any_locale(job: tuple[Path, JobRecord], tmp_path: Path) -> None:
     """As UTF-8, where the system's encoding has no such letters."""
     directory, record = job
