@@ -11,8 +11,7 @@ it up; --threads leaves cores free. Times are the client's: from sending a reque
 between chunks (ITL). One JSON with each round's figures, and for each figure the median of the differences within a round, with
 the standard error of their mean.
 
-One figure says why the ingress costs what it does. others: how much of one processor the server's processes take, but for the
-engine's.
+others: how much of one processor the server's processes take together, without the engine's.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ async def measure(url: str, model: str, plans: list[list[Asked]]) -> dict[str, f
 
 
 def others_seconds(server: HealthyServer) -> float:
-    """Processor seconds of the server's processes so far, but for the engine's."""
+    """Processor seconds of the server's processes so far, without the engine's."""
     pids = [server.group.pid, *descendants(server.group.pid)]
     return sum(processor_seconds(pid) for pid in pids if ENGINE not in command_of(pid))
 
