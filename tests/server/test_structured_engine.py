@@ -74,7 +74,8 @@ def test_what_leads_nowhere_ends_alone(server: RunningServer, client: openai.Ope
 
 
 def test_a_client_that_leaves_while_its_grammar_is_compiled(server: RunningServer) -> None:
-    schema = {"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": n + 1} for n in range(300)}}
+    properties = {f"p{n}": {"type": "string", "maxLength": n + 1} for n in range(300)}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}  # no answer is done before 400 tokens
     for title in range(5):
         body = {"prompt": "a", "max_tokens": 400, "guided_json": {**schema, "title": title}}
         with pytest.raises(httpx.ReadTimeout):
