@@ -177,11 +177,11 @@ def test_an_engine_reports_its_load_and_charges_tenants(loop: Loop) -> None:
     ids = list(range(3, 43))
     loop.generate(prompt_ids=ids, sampling=GREEDY, tenant="served")
     hashes = set(prompt_hashes("served", None, ids, 16))
-    loop.wait(lambda: any(hashes <= set(load.prefixes or []) for load in loads))
+    loop.wait(lambda: any(hashes <= set(load.prefixes or []) for load in loads) and loads[-1].running == 0)
     loop(watch(0.0))
     assert [load.number for load in loads] == sorted({load.number for load in loads})
     last = loads[-1]
-    assert last.free_blocks == last.num_blocks > 0 and (last.block_tokens, last.running, last.replica) == (16, 0, "")
+    assert last.free_blocks == last.num_blocks > 0 and (last.block_tokens, last.replica) == (16, "")
 
 
 

@@ -1,29 +1,33 @@
-"""Reports of an engine's load on their way: asked for, merged where they can't be sent, posted at even distances."""
+"""Reports of an engine's load on their way: asked for, sent with what leaves anyway or else by themselves."""
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+
+import zmq
 
 from coserve.cluster.load import Load
 from coserve.engine.report import EngineReport
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.enginehost import EngineHost
-from coserve.server.link.mailbox import _Batch
+from coserve.server.link.mailbox import EARLY, MAX_UNACKED, Mailbox
 from coserve.server.link.messages import (
+    Ack,
     ChargeTenants,
     EngineLoad,
     FromEngine,
+    Progress,
     ToEngine,
-    Tokens,
     WatchLoad,
     decode_from_engine,
     decode_to_engine,
     encode,
-    merge_loads,
 )
 from coserve.server.settings import ServerConfig
 
@@ -48,60 +52,83 @@ def test_messages_travel() -> None:
         assert decode_to_engine(encode(sent)) == sent
 
 
-def test_reports_that_wait_become_one() -> None:
-    merged = merge_loads(message(1), message(2, prefixes=None, running=2))
-    assert merged == message(2, prefixes=[2**64 - 1], running=2)
-    assert merge_loads(message(1), message(2, prefixes=[7])) == message(2, prefixes=[7])
-    batch = _Batch()
-    for number in range(1, 5):
-        batch.add(message(number))
-        batch.add(Tokens(id="r", index=0, text="x", token_ids=[number], time_s=0.0))
-    tokens, load = map(decode_from_engine, batch.parts())
-    assert isinstance(tokens, Tokens) and tokens.token_ids == [1, 2, 3, 4]
-    assert load == message(4)
+@contextlib.contextmanager
+def serving(engine: Any) -> Iterator[tuple[zmq.Socket[bytes], Mailbox]]:
+    """The API's end, and the mailbox at which an EngineHost of the engine works."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as api, Mailbox(
+        f"tcp://127.0.0.1:{api.bind_to_random_port('tcp://127.0.0.1')}"
+    ) as mailbox:
+        host = EngineHost(engine, mailbox.post, mailbox.stop, mailbox.watch_load)
+        thread = threading.Thread(target=mailbox.run, args=(host.on_message,), daemon=True)
+        thread.start()
+        yield api, mailbox
+        mailbox.stop()
+        thread.join(5)
+        host.close()
+
+
+def read(api: zmq.Socket[bytes]) -> list[FromEngine]:
+    """The next batch, which is acknowledged."""
+    assert api.poll(5000)
+    parts = [decode_from_engine(part) for part in api.recv_multipart()]
+    api.send(encode(Ack()))
+    return parts
+
+
+def read_numbers(api: zmq.Socket[bytes], count: int) -> list[int]:
+    """Numbers of the next reports."""
+    batches = [read(api) for _ in range(count)]
+    return [load.load.number for (load,) in batches if isinstance(load, EngineLoad)]
 
 
 def test_an_engine_reports_only_while_it_is_asked_to() -> None:
-    posts, charged = queue.SimpleQueue[FromEngine](), list[Any]()
-    engine: Any = SimpleNamespace(load_report=report, closed=False, charge_tenants=charged.append)
-    host = EngineHost(engine, posts.put, lambda: None)
-    host.on_message(ChargeTenants(tokens={"t": 1}))
-    time.sleep(0.05)
-    assert posts.empty() and charged == [{"t": 1}]
-    host.on_message(WatchLoad(every_s=0.01))
-    numbers = []
-    for _ in range(3):
-        load = posts.get(timeout=5)
-        assert isinstance(load, EngineLoad)
-        numbers.append(load.load.number)
-    assert numbers == [1, 2, 3]
-    host.on_message(WatchLoad(every_s=0.0))
-    time.sleep(0.05)
-    while not posts.empty():
-        posts.get()
-    time.sleep(0.05)
-    assert posts.empty()
-    host.on_message(WatchLoad(every_s=0.01))
-    assert posts.get(timeout=5)
-    engine.closed = True
-    host.close()
+    charged = list[Any]()
+    with serving(SimpleNamespace(load_report=report, charge_tenants=charged.append)) as (api, _):
+        api.send(encode(ChargeTenants(tokens={"t": 1})))
+        assert not api.poll(50)
+        assert charged == [{"t": 1}]
+        api.send(encode(WatchLoad(every_s=0.01)))
+        assert read_numbers(api, 3) == [1, 2, 3]
+        api.send(encode(WatchLoad(every_s=0.0)))
+        while api.poll(300):  # what was on its way
+            read(api)
+        api.send(encode(WatchLoad(every_s=0.01)))
+        assert read_numbers(api, 1)
+
+
+def test_a_report_travels_with_what_leaves_at_about_its_time() -> None:
+    with serving(SimpleNamespace(load_report=report)) as (api, mailbox):
+        api.send(encode(WatchLoad(every_s=2.0)))
+        mailbox.post(Progress(line="too early for one"))
+        assert len(read(api)) == 1
+        time.sleep(EARLY * 2.0)
+        mailbox.post(Progress(line="about right"))
+        line, load = read(api)
+        assert isinstance(line, Progress) and isinstance(load, EngineLoad)
+
+
+def test_no_report_is_made_while_it_could_not_be_sent() -> None:
+    with serving(SimpleNamespace(load_report=report)) as (api, _):
+        api.send(encode(WatchLoad(every_s=0.01)))
+        for _ in range(MAX_UNACKED):
+            assert api.poll(5000)
+            api.recv_multipart()
+        assert not api.poll(200)
+        api.send(encode(Ack()))
+        assert read_numbers(api, 1) == [MAX_UNACKED + 1]
 
 
 def test_a_table_that_changes_while_it_is_read_costs_one_report() -> None:
-    posts, tries = queue.SimpleQueue[FromEngine](), iter([True, False])
+    tries = iter([True, False])
 
     def load_report() -> EngineReport:
         if next(tries, False):
             raise RuntimeError("dictionary changed size during iteration")
         return report()
 
-    engine: Any = SimpleNamespace(load_report=load_report, closed=False)
-    host = EngineHost(engine, posts.put, lambda: None)
-    host.on_message(WatchLoad(every_s=0.01))
-    first = posts.get(timeout=5)
-    assert isinstance(first, EngineLoad) and first.load.number == 1
-    engine.closed = True
-    host.close()
+    with serving(SimpleNamespace(load_report=load_report)) as (api, _):
+        api.send(encode(WatchLoad(every_s=0.01)))
+        assert read_numbers(api, 1) == [1]
 
 
 def test_an_engine_that_starts_again_is_asked_again() -> None:

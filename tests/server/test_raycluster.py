@@ -110,9 +110,9 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         assert texts.count(f"token False data {tmp_path}/data") == 4
         assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False data .*$", texts, re.M)) == 3
         hosts = {name: parent_of(pid) for name, (pid, _) in served.items()}
-        raylets = {name: parent_of(host) for name, host in hosts.items()}
-        assert len({raylets[name] for name in names}) == 3, "one on each node"
-        assert raylets["ingress"] == cluster.head_node.all_processes["raylet"][0].process.pid
+        assert hosts["ingress"] == os.getpid()
+        raylets = {name: parent_of(hosts[name]) for name in names}
+        assert len(set(raylets.values())) == 3, "one on each node"
 
         os.kill(served["replica 1"][0], signal.SIGKILL)  # the process
         made.until(lambda: len(made.serving("replica 1")) == 2 and fleet.ready)
@@ -122,7 +122,8 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         made.until(lambda: len(made.serving("replica 2")) == 2 and fleet.ready)
         assert not is_alive(served["replica 2"][1])
 
-        lost = next(name for name in names if raylets[name] != raylets["ingress"])
+        head = cluster.head_node.all_processes["raylet"][0].process.pid
+        lost = next(name for name in names if raylets[name] != head)
         before, stays = made.serving(lost)[-1], [name for name in names if name != lost]
         os.kill(raylets[lost], signal.SIGKILL)  # a machine
         made.until(lambda: not is_alive(before[1]), 10)
@@ -224,14 +225,14 @@ def test_a_process_that_ray_will_never_place_ends_the_command(cluster: Any, capl
     with made.fleet as fleet:
         place = fleet._actor
 
-        def elsewhere(kind: str, setup: Any, **options: Any) -> Any:
+        def elsewhere(setup: Any, **options: Any) -> Any:
             strategies = fleet._ray.util.scheduling_strategies
             gone = strategies.NodeAffinitySchedulingStrategy("e" * 56, soft=False)
-            return place(kind, setup, **{**options, "scheduling_strategy": gone} if kind == "ingress" else options)
+            return place(setup, **{**options, "scheduling_strategy": gone})
 
         fleet._actor = elsewhere  # type: ignore[method-assign]
         fleet.start()
-        with pytest.raises(ConfigError, match="ray_address: ingress: Ray has no place for it"):
+        with pytest.raises(ConfigError, match="ray_address: replica 1: Ray has no place for it"):
             made.until(lambda: fleet.ready)
 
 

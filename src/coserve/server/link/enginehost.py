@@ -1,8 +1,8 @@
 """Carries out the API process's messages on an engine, and reports what becomes of them.
 
 `EngineHost.on_message` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in
-a pool. Chunks and ends of jobs come on the engine's thread, reports of its load on one of their own. Does not own: the socket
-(mailbox.py), the process's life (enginemain.py).
+a pool. Chunks and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life
+(enginemain.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from coserve.finetune.disk import refusal_of
 from coserve.finetune.job import JobEvent, MetricsTable
 from coserve.server.errors import EngineUnavailable, StorageRefused, error_name
 from coserve.server.link.activity import ActivityPage, CallPlaces
+from coserve.server.link.mailbox import MakeLoad
 from coserve.server.link.messages import (
     ActJob,
     Cancel,
@@ -84,11 +85,12 @@ def make_problem(error: BaseException) -> Problem:
 
 
 class EngineHost:
-    """Carries out messages. post: sends a message, from any thread. stop: is called at Shutdown. places: where the pool's
-    threads say what they do."""
+    """Carries out messages. post: sends a message, from any thread. stop: is called at Shutdown. watch_load: a Mailbox's.
+    places: where the pool's threads say what they do."""
 
     def __init__(
-        self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None], places: CallPlaces | None = None
+        self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None],
+        watch_load: Callable[[MakeLoad, float], None] = lambda make, every_s: None, places: CallPlaces | None = None,
     ) -> None:
         self._engine, self._post, self._stop = engine, post, stop
         self._places = places or CallPlaces(ActivityPage(None))
@@ -100,7 +102,7 @@ class EngineHost:
         self._members: dict[str, StepMember] = {}  # this engine's places in jobs that several engines share
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
-        self._loads = _LoadPoster(engine, post)
+        self._watch_load, self._num_loads = watch_load, 0
 
     def on_message(self, message: ToEngine) -> None:
         """Begins to carry out a message; what becomes of it is posted."""
@@ -133,7 +135,7 @@ class EngineHost:
             case GetStats(call=call):
                 self._call(call, self._stats, "figures for metrics")
             case WatchLoad(every_s=every_s):
-                self._loads.watch(every_s)
+                self._watch_load(self._make_load, every_s)
             case ChargeTenants(tokens=tokens):
                 with contextlib.suppress(CoserveError):  # the engine has stopped
                     self._engine.charge_tenants(tokens)
@@ -142,9 +144,17 @@ class EngineHost:
 
     def close(self) -> None:
         """Drops the calls that wait. Calls that run go on, and nobody waits for them."""
-        self._loads.watch(0.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._compiling.shutdown(wait=False, cancel_futures=True)
+
+    def _make_load(self) -> EngineLoad | None:
+        """A report of the engine's load; None if a table changed its size while it was read."""
+        try:
+            load = Load(number=self._num_loads + 1, **self._engine.load_report()._asdict())
+        except RuntimeError:
+            return None
+        self._num_loads += 1
+        return EngineLoad(load=load)
 
     def _call(
         self, number: int, work: Callable[[], Any], what: str, seconds: float = 0.0, jobs: Iterable[str] = ()
@@ -304,35 +314,6 @@ class EngineHost:
             id=job, status=cast(Literal["succeeded", "failed", "cancelled", "handed_over"], handle.status), step=handle.step,
             trained_tokens=tokens, problem=None if error is None else make_problem(error),
         ))
-
-
-class _LoadPoster:
-    """Posts reports of an engine's load at even distances, from a thread that exists once somebody has asked for them."""
-
-    def __init__(self, engine: Engine, post: Callable[[FromEngine], None]) -> None:
-        self._engine, self._post = engine, post
-        self._every_s, self._number = 0.0, 0
-        self._asked = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, every_s: float) -> None:
-        """Reports come every so many seconds from now on; 0: no more."""
-        self._every_s = every_s
-        self._asked.set()
-        if every_s > 0 and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="coserve-load", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        while not self._engine.closed:
-            self._asked.clear()
-            every_s = self._every_s
-            if every_s > 0:
-                with contextlib.suppress(RuntimeError):  # a table changed size while it was read: the next report tells
-                    load = Load(number=self._number + 1, **self._engine.load_report()._asdict())
-                    self._number += 1
-                    self._post(EngineLoad(load=load))
-            self._asked.wait(every_s if every_s > 0 else None)
 
 
 def _act(handle: JobHandle, action: str) -> None:

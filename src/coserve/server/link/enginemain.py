@@ -127,7 +127,7 @@ class EngineProcessMain:
         engine.grammars.prepare()  # which keeps Python's lock for a moment
         ready = make_ready(engine, self.config.max_model_len, time.monotonic() - began)
         threading.excepthook = self._thread_failed
-        host = EngineHost(engine, self.mailbox.post, self.mailbox.stop, CallPlaces(self.page))
+        host = EngineHost(engine, self.mailbox.post, self.mailbox.stop, self.mailbox.watch_load, CallPlaces(self.page))
         place = self.page.place(SOCKET)
 
         def on_message(message: ToEngine) -> None:

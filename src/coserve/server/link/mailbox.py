@@ -6,11 +6,16 @@
 The engine can make chunks faster than the API process reads them. Nothing is lost by that, and nobody waits longer: while two
 batches are on their way, new chunks of one output become one chunk, so that a batch holds at most one chunk of each output.
 
-Owns: the socket, the order of what is sent, waking up. Does not own: what messages mean (enginehost.py).
+Reports of the engine's load travel with a batch that leaves anyway, if one leaves at about the right time: waking up the
+processes between an engine and its readers costs more than the report.
+
+Owns: the socket, the order of what is sent, waking up, when the load is reported. Does not own: what messages mean
+(enginehost.py).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import time
@@ -26,7 +31,6 @@ from coserve.server.link.messages import (
     Tokens,
     decode_to_engine,
     encode,
-    merge_loads,
     merge_tokens,
 )
 
@@ -34,27 +38,27 @@ GATHER_S = 5e-4
 """Seconds that the loop waits after the first message was posted, so that the chunks of one iteration travel together."""
 MAX_UNACKED = 2
 """Batches without an Ack: one that is being read and the next, so that the API never waits for one that could be there."""
+EARLY, LATE = 0.75, 1.25
+"""A report of the load may travel with a batch from this share of the time between two reports on; at the other one it is sent
+by itself."""
 _MAX_AT_ONCE = 64
 """Messages that are read before what was posted is sent."""
+MakeLoad = Callable[[], EngineLoad | None]
+"""Makes a report of the engine's load, if that is possible just now."""
 
 
 class _Batch:
-    """Messages to be sent, in the order of posting; the chunks of one output have the place of the first of them. There is one
-    report of the load at most, which comes last."""
+    """Messages to be sent, in the order of posting; the chunks of one output have the place of the first of them."""
 
     def __init__(self) -> None:
         self._messages: list[FromEngine | list[Tokens]] = []
         self._chunks: dict[tuple[str, int], list[Tokens]] = {}
-        self._load: EngineLoad | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._messages) or self._load is not None
+        return bool(self._messages)
 
     def add(self, message: FromEngine) -> None:
         """Puts a message last, or a chunk with those of its output."""
-        if isinstance(message, EngineLoad):
-            self._load = message if self._load is None else merge_loads(self._load, message)
-            return
         if not isinstance(message, Tokens):
             self._messages.append(message)
             return
@@ -65,8 +69,27 @@ class _Batch:
 
     def parts(self) -> list[bytes]:
         """The messages as bytes."""
-        parts = [encode(merge_tokens(message) if isinstance(message, list) else message) for message in self._messages]
-        return parts if self._load is None else [*parts, encode(self._load)]
+        return [encode(merge_tokens(message) if isinstance(message, list) else message) for message in self._messages]
+
+
+class _LoadTimer:
+    """When a report of the load is to be sent. Times are of the monotonic clock."""
+
+    def __init__(self, make: MakeLoad, every_s: float) -> None:
+        self._make, self._every_s = make, every_s
+        self._last_s = time.monotonic()
+
+    def wait_ms(self) -> int:
+        """Milliseconds until the report is sent by itself."""
+        return max(0, math.ceil(1e3 * (self._last_s + LATE * self._every_s - time.monotonic())))
+
+    def take(self, *, batch: bool) -> EngineLoad | None:
+        """A report, if it is time for one. batch: whether something else is sent now."""
+        now = time.monotonic()
+        if now < self._last_s + (EARLY if batch else LATE) * self._every_s:
+            return None
+        self._last_s = now
+        return self._make()
 
 
 class Mailbox:
@@ -81,6 +104,7 @@ class Mailbox:
         self._bell, self._bell_rope = os.pipe()
         self._rung = self._stopped = False
         self._batch, self._num_unacked = _Batch(), 0
+        self._loads: _LoadTimer | None = None
 
     def __enter__(self) -> Mailbox:
         return self
@@ -92,6 +116,10 @@ class Mailbox:
         """Sends a message soon, in the order of posting."""
         self._posted.put(message)
         self._ring()
+
+    def watch_load(self, make: MakeLoad, every_s: float) -> None:
+        """Sends what `make` makes about every so many seconds from now on; 0: no more. For the thread that runs this."""
+        self._loads = _LoadTimer(make, every_s) if every_s > 0 else None
 
     def stop(self) -> None:
         """Ends `run`."""
@@ -106,6 +134,9 @@ class Mailbox:
     def flush(self) -> None:
         """Sends what has been posted, as the parts of one message, however many batches have no Ack."""
         self._gather()
+        load = None if self._loads is None else self._loads.take(batch=bool(self._batch))
+        if load is not None:
+            self._batch.add(load)
         if self._batch:
             self._socket.send_multipart(self._batch.parts())
             self._batch = _Batch()
@@ -122,7 +153,8 @@ class Mailbox:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
         while not self._stopped:
-            ready = dict(poller.poll())
+            timed = self._loads if self._num_unacked < MAX_UNACKED else None
+            ready = dict(poller.poll(None if timed is None else timed.wait_ms()))
             if self._bell in ready:
                 time.sleep(GATHER_S)
                 os.read(self._bell, 64)
@@ -149,6 +181,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Sends what is left; waits up to a second for it to leave."""
+        self._loads = None  # there may be no engine any more
         self.flush()
         self._socket.close(linger=1000)
         self._context.term()

@@ -142,7 +142,7 @@ class GetStats(Message, frozen=True, kw_only=True):
 
 
 class WatchLoad(Message, frozen=True, kw_only=True):
-    """Asks for an EngineLoad every so many seconds from now on; 0: for no more of them."""
+    """Asks for an EngineLoad about every so many seconds from now on; 0: for no more of them."""
 
     every_s: float
 
@@ -302,13 +302,6 @@ class EngineLoad(Message, frozen=True, kw_only=True):
     """The engine's load now. The replica's name is still empty; reports are numbered from 1."""
 
     load: Load
-
-
-def merge_loads(earlier: EngineLoad, later: EngineLoad) -> EngineLoad:
-    """Two reports that follow one another as one: the later one, with the newest prefixes."""
-    if later.load.prefixes is not None:
-        return later
-    return EngineLoad(load=msgspec.structs.replace(later.load, prefixes=earlier.load.prefixes))
 
 
 ToEngine = (

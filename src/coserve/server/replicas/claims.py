@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -23,7 +24,9 @@ from sqlalchemy import (
     Connection,
     Double,
     Row,
+    String,
     and_,
+    bindparam,
     case,
     exists,
     func,
@@ -36,6 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from coserve.core import ConfigError
 from coserve.server.index.database import Database, PostgresLimits, translated
@@ -80,7 +84,11 @@ class JobClaims:
         if not database.url.drivername.startswith("postgresql"):
             raise ConfigError("database_url: replicas need PostgreSQL: postgresql://USER@HOST/NAME", param="database_url")
         self._replica, self._lease_s = replica, lease_s
-        self._renewals, self._claims = _RENEWAL_LIMITS.engine(database.url), _CLAIM_LIMITS.engine(database.url)
+        # Everything here is one statement, which needs no BEGIN and COMMIT: each is a message to PostgreSQL and back.
+        self._renewals, self._claims = (
+            limits.engine(database.url).execution_options(isolation_level="AUTOCOMMIT")
+            for limits in (_RENEWAL_LIMITS, _CLAIM_LIMITS)
+        )
 
     def close(self) -> None:
         """Closes the connections."""
@@ -100,48 +108,14 @@ class JobClaims:
         those of tenants with the fewest running jobs, lower priority numbers, earlier deadlines, older ones. may_run,
         may_validate: which jobs there is room for. but: jobs to leave to others. fingerprint: of this replica's base, which the
         jobs must have; empty: any. from_others: whether jobs are taken whose holders' leases have ended."""
-        other = jobs.alias("other")
-        running = (
-            select(func.count()).select_from(other).where(
-                other.c.tenant == jobs.c.tenant, other.c.status == "running", other.c.paused.is_(False),
-                other.c.lease_until > CLOCK, other.c.owner.is_not(None),
-            ).correlate(jobs).scalar_subquery()
-        )
-        wanted = [
-            *([and_(jobs.c.status.in_(("queued", "running")), jobs.c.paused.is_(False))] if may_run else []),
-            *([jobs.c.status == "validating_files"] if may_validate else []),
-        ]
-        if not wanted:
+        if not may_run and not may_validate:
             return None
-        picked = (
-            select(jobs.c.id, jobs.c.owner)
-            .where(
-                or_(*wanted), func.coalesce(jobs.c.lease_until, 0.0) + delay_s <= CLOCK, jobs.c.id.not_in(list(but)),
-                *([jobs.c.fingerprint.in_(("", fingerprint))] if fingerprint else []),
-                *([] if from_others else [jobs.c.owner.is_(None)]),
-            )
-            .order_by(
-                jobs.c.status != "running", jobs.c.status == "validating_files", running, jobs.c.priority,
-                jobs.c.deadline.asc().nulls_last(), jobs.c.created_at, jobs.c.seq,
-            )
-            .limit(1).with_for_update(skip_locked=True, of=jobs).cte("picked")
-        )
-        died = and_(jobs.c.owner.is_not(None), jobs.c.status.in_(("running", "validating_files")))
-        statement = (
-            update(jobs).where(jobs.c.id == picked.c.id)
-            .values(
-                owner=self._replica, epoch=jobs.c.epoch + 1, lease_until=CLOCK + self._lease_s,
-                # A death that nobody has explained counts as half a crash: whoever held the job may have gone with its work.
-                strikes=case((~died, jobs.c.strikes), (jobs.c.step > jobs.c.struck_at, 1), else_=jobs.c.strikes + 1),
-                struck_at=case((~died, jobs.c.struck_at), else_=func.greatest(jobs.c.step, jobs.c.struck_at)),
-            )
-            .returning(jobs, picked.c.owner.label("before"))
-        )
+        values = {
+            "replica": self._replica, "lease_s": self._lease_s, "delay_s": delay_s, "own_base": fingerprint, "but": [*but],
+        }
         with self._write() as connection:
-            row = connection.execute(statement).first()
-        if row is None:
-            return None
-        return _claimed(row)
+            row = connection.execute(_claim_statement(may_run, may_validate, from_others), values).first()
+        return None if row is None else _claimed(row)
 
     def find_hopeless(self, fingerprint: str) -> dict[str, bool]:
         """Jobs that no replica has and no live one can take: each has declined the job, or has another base, this one too. That
@@ -203,6 +177,49 @@ class JobClaims:
         left = [jobs.c.owner == self._replica, jobs.c.status.not_in(ENDED)]
         with self._write() as connection:
             connection.execute(update(jobs).where(*left).values(lease_until=CLOCK))
+
+
+@cache
+def _claim_statement(may_run: bool, may_validate: bool, from_others: bool) -> ReturningUpdate[Any]:
+    """What JobClaims.claim executes, with its other parameters and what claims it as bound values. It is asked for every second
+    and takes longer to be put together than to be executed."""
+    other = jobs.alias("other")
+    running = (
+        select(func.count()).select_from(other).where(
+            other.c.tenant == jobs.c.tenant, other.c.status == "running", other.c.paused.is_(False),
+            other.c.lease_until > CLOCK, other.c.owner.is_not(None),
+        ).correlate(jobs).scalar_subquery()
+    )
+    wanted = [
+        *([and_(jobs.c.status.in_(("queued", "running")), jobs.c.paused.is_(False))] if may_run else []),
+        *([jobs.c.status == "validating_files"] if may_validate else []),
+    ]
+    own_base = bindparam("own_base", type_=String)
+    picked = (
+        select(jobs.c.id, jobs.c.owner)
+        .where(
+            or_(*wanted), func.coalesce(jobs.c.lease_until, 0.0) + bindparam("delay_s", type_=Double) <= CLOCK,
+            jobs.c.id.not_in(bindparam("but", expanding=True)),
+            or_(own_base == "", jobs.c.fingerprint.in_(("", own_base))),
+            *([] if from_others else [jobs.c.owner.is_(None)]),
+        )
+        .order_by(
+            jobs.c.status != "running", jobs.c.status == "validating_files", running, jobs.c.priority,
+            jobs.c.deadline.asc().nulls_last(), jobs.c.created_at, jobs.c.seq,
+        )
+        .limit(1).with_for_update(skip_locked=True, of=jobs).cte("picked")
+    )
+    died = and_(jobs.c.owner.is_not(None), jobs.c.status.in_(("running", "validating_files")))
+    return (
+        update(jobs).where(jobs.c.id == picked.c.id)
+        .values(
+            owner=bindparam("replica"), epoch=jobs.c.epoch + 1, lease_until=CLOCK + bindparam("lease_s", type_=Double),
+            # A death that nobody has explained counts as half a crash: whoever held the job may have gone with its work.
+            strikes=case((~died, jobs.c.strikes), (jobs.c.step > jobs.c.struck_at, 1), else_=jobs.c.strikes + 1),
+            struck_at=case((~died, jobs.c.struck_at), else_=func.greatest(jobs.c.step, jobs.c.struck_at)),
+        )
+        .returning(jobs, picked.c.owner.label("before"))
+    )
 
 
 def _has_declined(replica: ColumnElement[str]) -> ColumnElement[bool]:

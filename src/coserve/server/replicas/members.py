@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import msgspec
-from sqlalchemy import ColumnElement, Float, delete, extract, func, select, update
+from sqlalchemy import ColumnElement, Connection, Float, delete, extract, func, select, update
 from sqlalchemy import cast as sql_cast
 
 from coserve.core import CapacityError
-from coserve.server.index.database import Database
+from coserve.server.index.database import Database, translated
 from coserve.server.index.tables import members
 from coserve.server.link.messages import Ready
 
@@ -76,6 +76,8 @@ class Members:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        # What is asked every second needs no BEGIN and COMMIT: each is a message to PostgreSQL and back.
+        self._single = database.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def join(self, member: Member) -> None:
         """Adds a row, or replaces it, and deletes those of members long gone."""
@@ -84,11 +86,13 @@ class Members:
             connection.execute(delete(members).where(members.c.id == member.id))
             connection.execute(members.insert().values(**dataclasses.asdict(member), joined_at=_now(), seen_at=_now()))
 
-    def refresh(self, id: str, info: dict[str, Any] | None = None) -> bool:
-        """The member lives. Returns False if its row is gone. info: what has changed; None: nothing has."""
+    def refresh(self, id: str, info: dict[str, Any] | None = None) -> Sequence[Member] | None:
+        """The member lives. Returns all members that do, as `alive`; None if the member's own row is gone. info: what has
+        changed; None: nothing has."""
         changes: dict[str, Any] = {"seen_at": _now(), **({} if info is None else {"info": info})}
-        with self._database.write() as connection:
-            return connection.execute(update(members).where(members.c.id == id).values(changes)).rowcount > 0
+        with translated(), self._single.connect() as connection:
+            known = connection.execute(update(members).where(members.c.id == id).values(changes)).rowcount > 0
+            return _alive(connection) if known else None
 
     def leave(self, id: str) -> None:
         """The member ends."""
@@ -97,17 +101,20 @@ class Members:
 
     def alive(self) -> Sequence[Member]:
         """Members whose rows are not older than SILENT_S, oldest first."""
-        names = [field.name for field in dataclasses.fields(Member)]
-        query = select(*(members.c[name] for name in names)).where(_now() - members.c.seen_at < SILENT_S)
-        with self._database.read() as connection:
-            rows = connection.execute(query.order_by(members.c.joined_at)).mappings().all()
-        return [Member(**row) for row in rows]
+        with translated(), self._single.connect() as connection:
+            return _alive(connection)
 
     def knows(self, public_key: str) -> bool:
         """Whether a key is that of a member. Members are remembered for FORGOTTEN_S, also while they are silent."""
         query = select(func.count()).select_from(members).where(members.c.public_key == public_key)
         with self._database.read() as connection:
             return bool(connection.execute(query).scalar_one())
+
+
+def _alive(connection: Connection) -> list[Member]:
+    names = [field.name for field in dataclasses.fields(Member)]
+    query = select(*(members.c[name] for name in names)).where(_now() - members.c.seen_at < SILENT_S)
+    return [Member(**row) for row in connection.execute(query.order_by(members.c.joined_at)).mappings()]
 
 
 class KnownKeys:
@@ -142,10 +149,12 @@ class OwnRow:
             try:
                 row = self._row()
                 changed = None if row.info == self._written.info else row.info
-                if not await asyncio.to_thread(self._members.refresh, row.id, changed):
+                found = await asyncio.to_thread(self._members.refresh, row.id, changed)
+                if found is None:
                     await asyncio.to_thread(self._members.join, row)
+                    found = await asyncio.to_thread(self._members.alive)
                 self._written = row
-                see(await asyncio.to_thread(self._members.alive))
+                see(found)
             except CapacityError:  # it is tried again
                 pass
             except Exception:  # without this loop a process would never learn again who lives

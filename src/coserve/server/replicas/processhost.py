@@ -2,9 +2,11 @@
 
     raycluster.py --(Ray actor)--> ProcessHost --standard input--> the process --standard input--> its engine's process
 
-The host is all that runs inside a Ray actor: what a process says to others goes past Ray. Each process ends with whoever
-started it, since its standard input ends then: a host that Ray kills leaves nothing behind. An actor whose raylet was killed
-lives on beside the one that Ray starts elsewhere (seen with 2.60); so a host ends with its parent, which is the raylet.
+A replica's host is all that runs inside a Ray actor, and the ingress's is in the command: what a process says to others goes
+past Ray. Each process ends with whoever started it, since its standard input ends then: a host that Ray kills leaves nothing
+behind. An actor whose raylet was killed lives on beside the one that Ray starts elsewhere (seen with 2.60); so such a host ends
+with its parent, which is the raylet.
+
 Owns: the process, pauses between starts, its last lines. Does not own: what the process does (main.py), where hosts are placed
 (raycluster.py), what its reports mean there (hostreport.py). This file needs Python's own library only and is sent to actors
 as it is, so that a host is small and there at once: importing coserve would bring torch. Of what users send, only what the
@@ -81,8 +83,8 @@ class ProcessHost:
     ) -> None:
         """kind: engine or ingress. setup: a FleetSetup's line; host and node, which are this machine's, are put into it.
         towards: an address that the others reach too. module: what Python runs; it imports nothing from the directory that the
-        host happens to be in. with_parent: whether this process ends with the one that has started it. place: says which node
-        of the cluster this is."""
+        host happens to be in. with_parent: whether the host is in a Ray actor, which ends with the process that has started it.
+        place: says which node of the cluster this is."""
         if with_parent:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="coserve-parent", daemon=True).start()
         self.node, self._package = socket.gethostname(), _package()
@@ -99,7 +101,7 @@ class ProcessHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        if problem := undo_niceness():
+        if with_parent and (problem := undo_niceness()):
             self._add(_line(logging.WARNING, problem))
         threading.Thread(target=self._run, name="coserve-process", daemon=True).start()
 
@@ -122,6 +124,13 @@ class ProcessHost:
             if self._process is not None:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends the process at once; it isn't started again."""
+        self._stopping.set()
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
 
     # --- the thread ---
 

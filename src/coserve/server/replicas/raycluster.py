@@ -1,16 +1,16 @@
 """Ray's part in a fleet: on which machines its processes run, and that they run again when their machine is lost.
 
-    coserve serve --replicas 3                        this machine: RayFleet, the ingress's host
-      |-- Ray: actors, one host per process -->       any machine:  a replica's host --> the replica --> its engine
+    coserve serve --replicas 3                        this machine: RayFleet, and in it the ingress's host --> the ingress
+      |-- Ray: actors, one host per replica -->       any machine:  a replica's host --> the replica --> its engine
       `-- every half second: what has become of each  (processhost.py)
 
 Nothing that users send and no token goes through Ray: processes find each other in PostgreSQL and talk over sockets of their
-own. The actors end with this command, and each process with its actor.
+own. The actors end with this command, and each process with its host.
 
-    who dies              what follows
-    a process             its host starts another one
-    a host, a machine     Ray starts the host again, on another machine if it has room
-    this command          all of it ends; the next start goes on from PostgreSQL and the store
+    who dies                       what follows
+    a process                      its host starts another one
+    a replica's host, a machine    Ray starts the host again, on another machine if it has room
+    this command                   all of it ends; the next start goes on from PostgreSQL and the store
 
 Owns: joining or starting Ray, what must hold before anything is started there, actors, the order of the end. Does not own:
 which machine a replica goes to (placement.py), what a host does (processhost.py), the processes themselves (main.py). It is the
@@ -100,15 +100,19 @@ def end_limits(config: ServerConfig) -> dict[str, float]:
 
 @dataclass(slots=True)
 class _Hosted:
-    """A process of the fleet. name: for the log. node: where it is, if that is known. seen: how many lines of its log
-    have been written. asked, asked_s: the question under way, and since when. known: its last report. lost: whether its host
-    doesn't answer. gone: whether it ended when it was asked to. package: another coserve's version that its machine has, if
-    that was said."""
+    """A process of the fleet.
+
+    name: for the log. node: where it is, if that is known. host: its host, if that is in this process; None: `actor` is. seen:
+    how many lines of its log have been written. asked, asked_s: the question under way, and since when. known: its last report.
+    lost: whether its host doesn't answer. gone: whether it ended when it was asked to. package: another coserve's version that
+    its machine has, if that was said.
+    """
 
     kind: str
     name: str
-    actor: Any
     node: str | None
+    actor: Any = None
+    host: ProcessHost | None = None
     seen: int = 0
     asked: Any = None
     asked_s: float = 0.0
@@ -175,11 +179,11 @@ class RayFleet:
             self.config = with_settled_dtype(config, self.report)
         self.report(f"Ray {self._ray.__version__} with {len(machines)} nodes; {config.replicas} replicas of {self._needs} each")
         own = self._ray.get_runtime_context().get_node_id()
-        here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own, soft=False)
-        setup = FleetSetup(config=self.config, keys=self._keys)
-        # Ray places an actor for which nothing is said on a node with a processor to spare, and this one may offer none.
-        ingress = self._actor("ingress", setup, num_cpus=0, scheduling_strategy=here)
-        self._hosted.append(_Hosted("ingress", "ingress", ingress, own))
+        # Its address is this machine's, and it ends with this command: an actor would only cost processor time, as Ray wakes up
+        # each of its processes a hundred times a second.
+        setup = write_setup(FleetSetup(config=self.config, keys=self._keys))
+        ingress = ProcessHost("ingress", setup, towards=self._towards, module=self._module, place=lambda: str(own))
+        self._hosted.append(_Hosted("ingress", "ingress", own, host=ingress))
         self.add(config.replicas)
 
     def _start_ray(self) -> None:
@@ -233,9 +237,14 @@ class RayFleet:
             Machine(node["NodeID"], node["NodeManagerAddress"], has.get("CPU", 0), has.get("GPU", 0)) for node, has in alive
         ]
 
-    def _actor(self, kind: str, setup: FleetSetup, **options: Any) -> Any:
-        cluster = self._ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
-        towards = "127.0.0.1" if self.config.ray_address is None else cluster  # nobody else needs to reach what is here
+    @property
+    def _towards(self) -> str:
+        """An address that every machine of the fleet reaches."""
+        if self.config.ray_address is None:
+            return "127.0.0.1"  # nobody else needs to reach what is here
+        return str(self._ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]"))
+
+    def _actor(self, setup: FleetSetup, **options: Any) -> Any:
         actor = self._ray.remote(ProcessHost).options(max_restarts=-1, max_concurrency=1, **options)
 
         def here() -> str:
@@ -243,7 +252,8 @@ class RayFleet:
 
             return str(ray.get_runtime_context().get_node_id())
 
-        return actor.remote(kind, write_setup(setup), towards=towards, module=self._module, with_parent=True, place=here)
+        return actor.remote(
+            "engine", write_setup(setup), towards=self._towards, module=self._module, with_parent=True, place=here)
 
     # --- replicas ---
 
@@ -275,8 +285,8 @@ class RayFleet:
             name = f"replica {self._numbers}"
             strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node, soft=True)
             actor = self._actor(
-                "engine", setup, num_cpus=self._needs.cpus, num_gpus=self._needs.gpus, scheduling_strategy=strategy)
-            self._hosted.append(_Hosted("engine", name, actor, node))
+                setup, num_cpus=self._needs.cpus, num_gpus=self._needs.gpus, scheduling_strategy=strategy)
+            self._hosted.append(_Hosted("engine", name, node, actor))
             if node is None:
                 self.report(f"{name} waits for a machine with {self._needs}")
 
@@ -296,11 +306,13 @@ class RayFleet:
         ConfigError if a process can't start, or its machine has another coserve, where none of its kind has started before."""
         now = time.monotonic()
         for hosted in self._hosted:
-            if hosted.asked is None:
+            if hosted.host is not None:
+                self._take(hosted, read_report(hosted.host.look(hosted.seen)))
+            elif hosted.asked is None:
                 hosted.asked, hosted.asked_s = hosted.actor.look.remote(hosted.seen), now
-        questions = [hosted.asked for hosted in self._hosted]
-        done, _ = self._ray.wait(questions, num_returns=len(questions), timeout=_LOOK_EVERY_S)
-        for hosted in list(self._hosted):
+        questions = [hosted.asked for hosted in self._hosted if hosted.host is None]
+        done, _ = self._ray.wait(questions, num_returns=len(questions), timeout=_LOOK_EVERY_S) if questions else ([], [])
+        for hosted in [one for one in self._hosted if one.host is None]:
             if hosted.asked in done:
                 self._hear(hosted)
             elif not hosted.lost and time.monotonic() - hosted.asked_s > _ASK_S:
@@ -318,7 +330,11 @@ class RayFleet:
             report = read_report(self._ray.get(question))
         except self._ray.exceptions.RayError as error:
             self._miss(hosted, error)
-            return
+        else:
+            self._take(hosted, report)
+
+    def _take(self, hosted: _Hosted, report: HostReport) -> None:
+        """Takes a report of what has become of a process."""
         if report.first < hosted.seen or (hosted.known is not None and hosted.known.starts > report.starts):
             hosted.seen = 0  # the host is another one
         if hosted.lost:
@@ -383,9 +399,15 @@ class RayFleet:
 
     def _stop(self, hosted: _Hosted) -> None:
         hosted.stopping, hosted.gone = True, hosted.known is None  # where there is nothing yet, nothing has to drain
-        hosted.actor.stop.remote()
+        if hosted.host is not None:
+            hosted.host.stop()
+        else:
+            hosted.actor.stop.remote()
 
     def _kill(self, hosted: _Hosted) -> None:
+        if hosted.host is not None:
+            hosted.host.kill()
+            return
         try:
             self._ray.kill(hosted.actor, no_restart=True)
         except (self._ray.exceptions.RayError, ValueError) as error:
