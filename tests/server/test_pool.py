@@ -124,7 +124,7 @@ class Played:
         self.socket = ServerSocket(context, "127.0.0.1", self.keys, lambda peer, data: self.link.on_message(peer, data))
         engine: Any = self.engine
         self.link = ReplicaLink(
-            engine, ensure=ensure, nudge=self.nudged.append, send=self.socket.send, forget=self.socket.forget
+            engine, ensure=ensure, nudge=self.nudged.append, send=self.socket.send_to
         )
         self.member = Member(
             id=f"replica-{number}", kind="engine", address=self.socket.address, public_key=self.keys.public.decode(),
@@ -299,7 +299,7 @@ def test_a_request_that_is_cancelled_at_once_never_runs() -> None:
 def test_a_replica_whose_words_cannot_be_read_is_connected_to_anew() -> None:
     async def story(site: Site) -> None:
         replica = site.replicas[0]
-        replica.socket.send(next(iter(replica.link._watchers)), b"\xff")
+        replica.socket.send_to(next(iter(replica.link._watchers)), b"\xff")
         await until(lambda: not site.pool.states())
         site.pool.see([replica.member])
         await until(lambda: site.pool.ready)

@@ -2,7 +2,7 @@
 
     ingress -> replica: Greeting (every second), Serve, Cancel, Nudge, GetStats, ChargeTenants
     replica -> replica: Steps
-    replica -> ingress: Beat (ten times a second), Tokens, Failed, Returned, Replied
+    replica -> ingress: Beat (about ten times a second), Tokens, Failed, Returned, Replied
 
 The messages that the API process and the engine exchange (link/messages.py) travel as they are, but for their times: the clocks
 of two machines differ, so that a time goes as an age, the seconds since then, and becomes a time again where it arrives.
@@ -83,7 +83,7 @@ FromReplica = Beat | Tokens | Failed | Returned | Replied
 GREET_EVERY_S, GREET_LIMIT_S = 1.0, 5.0
 """Seconds between two greetings, and after the last one until an ingress counts as gone."""
 BEAT_EVERY_S = 0.1
-"""Seconds between two beats."""
+"""About how many seconds lie between two reports of an engine, each of which is a beat."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_replica: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)

@@ -141,7 +141,7 @@ async def run_replica(
         socket = ServerSocket(context, host, keys, lambda peer, data: link.on_message(peer, data))
         stack.callback(socket.close)
         link = ReplicaLink(
-            engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget, on_steps=wire.on_steps
+            engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send_to, on_steps=wire.on_steps
         )
         stack.push_async_callback(link.close)
         engine.on_load(link.on_load)

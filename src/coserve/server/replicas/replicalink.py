@@ -35,7 +35,6 @@ from coserve.server.link.messages import (
 )
 from coserve.server.link.streams import RequestStream
 from coserve.server.replicas.messages import (
-    BEAT_EVERY_S,
     GREET_LIMIT_S,
     Beat,
     Greeting,
@@ -49,6 +48,8 @@ from coserve.server.replicas.messages import (
     shift_tokens,
 )
 
+_LOOK_EVERY_S = 0.25
+"""Between two looks at whether the engine reports, and between two beats while it doesn't."""
 _FETCHED_S = 0.005
 """An adapter that was ready sooner did not have to be fetched."""
 _WEIGHT = 0.3
@@ -119,12 +120,12 @@ class ReplicaLink:
 
     def __init__(
         self, engine: EngineClient, *, ensure: Callable[[AdapterRef], Awaitable[None]], nudge: Callable[[str], None],
-        send: Send, forget: Callable[[bytes], None], on_steps: Callable[[Steps], None] = lambda message: None,
+        send: Send, on_steps: Callable[[Steps], None] = lambda message: None,
     ) -> None:
-        """ensure: the engine holds an adapter afterwards. nudge: a job's row has changed. send, forget: a ServerSocket's.
+        """ensure: the engine holds an adapter afterwards. nudge: a job's row has changed. send: a ServerSocket's send_to.
         on_steps: takes what other replicas say of jobs that are shared with them."""
         self._on_steps = on_steps
-        self._engine, self._ensure, self._nudge, self._send, self._forget = engine, ensure, nudge, send, forget
+        self._engine, self._ensure, self._nudge, self._send = engine, ensure, nudge, send
         self.draining = False
         self._watchers: dict[bytes, _Watcher] = {}
         self._prefixes = _Prefixes(0, [])
@@ -133,7 +134,7 @@ class ReplicaLink:
         self._load: Load | None = None
         self.headroom = 1.0
         self._adapter_s = 0.0
-        self._quiet_beats = 0
+        self._quiet_looks = 0
 
     @property
     def num_requests(self) -> int:
@@ -147,7 +148,7 @@ class ReplicaLink:
         loads_s = max(load.adapter_load_s, self._adapter_s)  # the engine doesn't know how long fetching takes
         self._load = msgspec.structs.replace(load, prefixes=None, adapter_load_s=loads_s)
         self.headroom = load.headroom
-        self._quiet_beats = 0
+        self._quiet_looks = 0
         self.tell()
 
     def on_message(self, peer: bytes, data: bytes) -> None:
@@ -178,18 +179,18 @@ class ReplicaLink:
     async def beat(self) -> None:
         """Tells all watchers how this replica is, until it is cancelled. While the engine reports, each report is a beat."""
         while True:
-            self._quiet_beats = self._quiet_beats + 1 if self._engine.ready else 0
-            if self._quiet_beats != 1:  # a report has come since the last look, and was a beat
+            self._quiet_looks = self._quiet_looks + 1 if self._engine.ready else 0
+            if self._quiet_looks != 1:  # a report has come since the last look, and was a beat
                 self.tell()
             if self._silent:
                 self._give_back(list(self._streams), make_problem(EngineUnavailable(_SILENCE)), suspect=True)
             self._drop_gone()
-            await asyncio.sleep(BEAT_EVERY_S)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     @property
     def _silent(self) -> bool:
-        """Whether the engine says nothing. Beats are counted, as this process may have been stopped itself."""
-        return self._quiet_beats * BEAT_EVERY_S > SILENT_S
+        """Whether the engine says nothing. Looks are counted, as this process may have been stopped itself."""
+        return self._quiet_looks * _LOOK_EVERY_S > SILENT_S
 
     def tell(self) -> None:
         """One beat. The engine's prefixes are many, and go only to those who have not got the present ones."""
@@ -295,4 +296,3 @@ class ReplicaLink:
         for peer in [peer for peer, watcher in self._watchers.items() if watcher.heard_s < limit]:
             del self._watchers[peer]
             self._give_back([id for id, served in self._streams.items() if served.peer == peer], None)
-            self._forget(peer)

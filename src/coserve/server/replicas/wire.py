@@ -8,7 +8,8 @@ not own: what messages mean (replica.py, pool.py), who is a member (members.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, cast
 
 import zmq
@@ -25,6 +26,8 @@ wait for all of it."""
 MAX_MESSAGE_BYTES = 64 << 20
 """A peer that announces more is cut off: memory is taken before it is known who it is."""
 _RECONNECT_MS, _MOST_RECONNECT_MS = 100, 2000
+_MAX_AT_ONCE = 64
+"""Messages that are read before others on the event loop get their turn."""
 
 
 class KeyPair(NamedTuple):
@@ -56,32 +59,88 @@ class Door(AsyncioAuthenticator):
             return False
 
 
-class Outbox:
-    """Collects what is sent within one turn of the event loop, and sends it then."""
+class LoopSocket:
+    """A ZeroMQ socket on an event loop: what is sent within one turn of the loop leaves as one message.
 
-    def __init__(self, socket: zmq.asyncio.Socket, head: Sequence[bytes] = ()) -> None:
-        """head: parts that go before the others, such as a peer's identity."""
-        self._socket, self._head, self._parts = socket, head, list[bytes]()
+    ZeroMQ's descriptor says that something has changed, once; then all that has come must be read, and also after each message
+    that was sent, since sending reads what the descriptor would have told. (pyzmq's own sockets for asyncio make a future, two
+    callbacks and a timer of each message, which takes three times as long.)
+    """
 
-    def put(self, data: bytes) -> None:
-        """Sends a part soon."""
+    def __init__(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
+        """on_message: takes the parts of a message that has come, while `read` runs."""
+        self._socket, self._on_message = socket, on_message
+        self._parts: dict[bytes, list[bytes]] = {}  # by what goes before them
+        self._reading: asyncio.Future[None] | None = None
+        self._soon: asyncio.Handle | None = None
+
+    def send(self, data: bytes, head: bytes = b"") -> None:
+        """Sends a part soon. head: a part that goes before the others, such as a peer's identity; empty: none."""
         if not self._parts:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._parts.append(data)
+        self._parts.setdefault(head, []).append(data)
+
+    async def read(self) -> None:
+        """Passes on all messages, until this is cancelled. Raises what `on_message` raises."""
+        loop = asyncio.get_running_loop()
+        self._reading, descriptor = loop.create_future(), self._socket.fileno()
+        loop.add_reader(descriptor, self._take)
+        self._take()
+        try:
+            await self._reading
+        finally:
+            self._reading = None
+            loop.remove_reader(descriptor)
+
+    def close(self) -> None:
+        """Closes the socket; nothing more is sent."""
+        if self._reading is not None:
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close(linger=0)
 
     def _flush(self) -> None:
-        parts, self._parts = self._parts, []
-        if not self._socket.closed:
-            sent = cast(asyncio.Future[Any], self._socket.send_multipart([*self._head, *parts]))
-            sent.add_done_callback(_ignore)  # a peer that has gone: what it missed is found out by its silence
+        waiting, self._parts = self._parts, {}
+        if self._socket.closed:
+            return
+        for head, parts in waiting.items():
+            # A peer that has gone is not waited for: what it missed is found out by its silence.
+            with contextlib.suppress(zmq.Again):
+                self._socket.send_multipart([head, *parts] if head else parts, zmq.NOBLOCK)
+        if self._reading is not None and self._soon is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._take_soon()
+
+    def _take_soon(self) -> None:
+        self._soon = asyncio.get_running_loop().call_soon(self._take)
+
+    def _take(self) -> None:
+        """Reads what has come; others get their turn after _MAX_AT_ONCE messages."""
+        self._soon = None
+        reading = self._reading
+        if reading is None or reading.done() or self._socket.closed:
+            return
+        try:
+            for _ in range(_MAX_AT_ONCE):
+                self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
+                if self._socket.closed:
+                    return
+        except zmq.Again:
+            pass
+        except Exception as error:
+            if not reading.done():
+                reading.set_exception(error)
+        else:
+            self._take_soon()
 
 
-def _ignore(sent: asyncio.Future[Any]) -> None:
-    if not sent.cancelled():
-        sent.exception()
+def _make_socket(context: zmq.asyncio.Context, kind: int, keys: KeyPair) -> zmq.Socket[bytes]:
+    """A socket that is no asyncio socket, but which the context closes with its own."""
+    plain: Any = zmq.Socket
+    socket = cast("zmq.Socket[bytes]", context.socket(kind, socket_class=plain))
+    prepare_socket(socket, keys)
+    return socket
 
 
-def prepare_socket(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
+def prepare_socket(socket: zmq.Socket[Any], keys: KeyPair) -> None:
     """What all these sockets have in common: the keys, signs of life, no waiting at their end."""
     socket.curve_publickey, socket.curve_secretkey = keys
     socket.set_hwm(0)  # both ends always read
@@ -93,78 +152,59 @@ def prepare_socket(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
     socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
 
 
-class ServerSocket:
+class ServerSocket(LoopSocket):
     """A replica's end. Peers are named by their sockets' identities, which last as long as their connections.
 
-    address: where peers connect, tcp://HOST:PORT. on_message: takes the peer and the bytes of a message.
+    address: where peers connect, tcp://HOST:PORT.
     """
 
     def __init__(
         self, context: zmq.asyncio.Context, host: str, keys: KeyPair, on_message: Callable[[bytes, bytes], None]
     ) -> None:
-        """host: the address of this machine that peers reach."""
-        self._socket = context.socket(zmq.ROUTER)
-        prepare_socket(self._socket, keys)
-        self._socket.curve_server = True
-        self._socket.zap_domain = _DOMAIN.encode()
+        """host: the address of this machine that peers reach. on_message: takes the peer and the bytes of a message."""
+        socket = _make_socket(context, zmq.ROUTER, keys)
+        socket.curve_server = True
+        socket.zap_domain = _DOMAIN.encode()
         shown = f"[{host}]" if ":" in host else host
-        self._socket.ipv6 = ":" in host
-        self._socket.bind(f"tcp://{shown}:*")
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._on_message, self._outboxes = on_message, dict[bytes, Outbox]()
+        socket.ipv6 = ":" in host
+        socket.bind(f"tcp://{shown}:*")
+        self.address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def send(self, peer: bytes, data: bytes) -> None:
-        """Sends a message to a peer; it is lost if the peer has gone."""
-        box = self._outboxes.get(peer)
-        if box is None:
-            box = self._outboxes[peer] = Outbox(self._socket, [peer])
-        box.put(data)
-
-    def forget(self, peer: bytes) -> None:
-        """A peer has gone."""
-        self._outboxes.pop(peer, None)
-
-    async def read(self) -> None:
-        """Passes on all messages, until this is cancelled. Raises what `on_message` raises."""
-        while True:
-            peer, *parts = await self._socket.recv_multipart()
+        def take(message: list[bytes]) -> None:
+            peer, *parts = message
             for part in parts:
-                self._on_message(peer, part)
+                on_message(peer, part)
 
-    def close(self) -> None:
-        """Closes the socket; nothing more is sent."""
-        self._socket.close(linger=0)
+        super().__init__(socket, take)
+
+    def send_to(self, peer: bytes, data: bytes) -> None:
+        """Sends a message to a peer; it is lost if the peer has gone."""
+        self.send(data, head=peer)
 
 
-class ClientSocket:
+class ClientSocket(LoopSocket):
     """An ingress's end: the connection to one replica, which is made again whenever it breaks."""
 
     def __init__(
         self, context: zmq.asyncio.Context, address: str, server_key: str, keys: KeyPair, *,
         on_message: Callable[[bytes], None], on_broken: Callable[[], None],
     ) -> None:
-        """server_key: the replica's public key, so that nobody else can answer in its place. on_broken: called when the
-        connection breaks."""
-        self._socket = context.socket(zmq.DEALER)
-        prepare_socket(self._socket, keys)
-        self._socket.curve_serverkey = server_key.encode("ascii")
-        self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MOST_RECONNECT_MS)
-        self._monitor: Any = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._socket.ipv6 = "[" in address
-        self._socket.connect(address)
-        self._outbox = Outbox(self._socket)
-        self._on_message, self._on_broken = on_message, on_broken
+        """server_key: the replica's public key, so that nobody else can answer in its place. on_message: takes the bytes of a
+        message. on_broken: called when the connection breaks."""
+        socket = _make_socket(context, zmq.DEALER, keys)
+        socket.curve_serverkey = server_key.encode("ascii")
+        socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MOST_RECONNECT_MS)
+        self._monitor: Any = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.ipv6 = "[" in address
+        socket.connect(address)
+        self._on_broken = on_broken
 
-    def send(self, data: bytes) -> None:
-        """Sends a message soon; it waits where the connection isn't there yet."""
-        self._outbox.put(data)
+        def take(parts: list[bytes]) -> None:
+            for part in parts:
+                on_message(part)
 
-    async def read(self) -> None:
-        """Passes on all messages, until this is cancelled. Raises what `on_message` raises."""
-        while True:
-            for part in await self._socket.recv_multipart():
-                self._on_message(part)
+        super().__init__(socket, take)
 
     async def watch(self) -> None:
         """Calls `on_broken` whenever the connection breaks, until this is cancelled."""
@@ -176,4 +216,4 @@ class ClientSocket:
         """Closes the connection for good."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._socket.close(linger=0)
+        super().close()
