@@ -164,7 +164,8 @@ def test_adapters_come_and_go_while_requests_use_them(engines: MakeEngine, model
             user.start()
         for turn in range(30):
             engine.add_adapter("tuned", adapters[turn % 3])
-            wait_for(lambda least=2 * turn: len(served) > least or bool(odd))  # type: ignore[misc]
+            new, since = wanted[turn % 3], len(served)
+            wait_for(lambda: new in served[since:] or bool(odd))  # noqa: B023
             if turn % 3 == 2:
                 engine.unload_adapter("tuned")
                 with pytest.raises(NotFound):

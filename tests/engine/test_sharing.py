@@ -357,7 +357,7 @@ def test_an_adapter_that_differs_is_noticed_and_what_it_sealed_runs_again(
 def test_members_join_and_leave_while_the_job_runs(
     engines: MakeEngine, directory: Path, tmp_path: Path, model: LoadedModel
 ) -> None:
-    config = replace(SFT, max_steps=10)
+    config = replace(SFT, max_steps=30)
     finetune(directory / "sft.jsonl", tmp_path / "whole", model=model, config=config)
     crew = Crew(directory / "sft.jsonl", tmp_path / "out", config)
     crew.add("p", engines())

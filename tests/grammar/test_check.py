@@ -32,7 +32,7 @@ def table(tokenizer: ChatTokenizer) -> TokenTable:
 def checker(table: TokenTable) -> Iterator[GrammarChecker]:
     """With little time and memory, so that tests are fast."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check, "CPU_S", 0.7)
+        patch.setattr(check, "CPU_S", 1.5)
         patch.setattr(check, "MEMORY_BYTES", 200 << 20)
         made = GrammarChecker()
         made.check(choice(["a"]), lambda: table)

@@ -185,7 +185,7 @@ model, data, output, config = sys.argv[1:]
 
 def listen(event):
     print("training", flush=True)
-    time.sleep(0.03)
+    time.sleep(0.1)
 
 output = Path(output)
 finetune(data, output, model=model, config=finetune_config_from_dict(json.loads(config)), device="cpu", dtype="float32",

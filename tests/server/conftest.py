@@ -75,7 +75,11 @@ def is_alive(pid: int) -> bool:
 
 def processes_of(module: str, pids: Iterable[int]) -> list[int]:
     """Those of some processes that run a module of this name."""
-    return [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it may have ended
+            found += [pid] * (module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
 
 
 def resident_bytes(pid: int) -> int:

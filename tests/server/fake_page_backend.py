@@ -57,7 +57,7 @@ class FakeBackend:
         self.checked: list[CreateJob] = []
         self.num_uploads = 0
         self.jobs: dict[str, JobRecord] = {}
-        self.add_job("ftjob-9b1e", "harbour-guide-v2", age_s=42, num_steps=160, validation_file="file-valid")
+        self.add_job("ftjob-9b1e", "harbour-guide-v2", age_s=42, num_steps=1000, validation_file="file-valid")
         self.add_job("ftjob-77aa", "tone", age_s=20, status="queued", num_steps=90)
         self.add_job("ftjob-5f1c", "harbour-guide", age_s=900, status="succeeded", num_steps=120, fine_tuned_model=TUNED)
         problem = {"code": "invalid_request_error", "param": "training_file",
@@ -287,8 +287,9 @@ def _data_check(name: str) -> DataCheck:
 
 
 async def _answer(body: dict[str, Any]) -> AsyncIterator[str]:
-    """Server-sent events, word by word: thoughts and a call of the first tool, until it has a result; else an answer."""
-    tuned = body["model"] != BASE
+    """Server-sent events, word by word: thoughts and a call of the first tool, until it has a result; else an answer. That to
+    "And now?" takes seconds, so that it can be stopped."""
+    tuned, said = body["model"] != BASE, body["messages"][-1]["content"]
     if body.get("tools") and body["messages"][-1]["role"] != "tool":
         for delta in _called(body["tools"][0]["function"]["name"]):
             await asyncio.sleep(0.02)
@@ -296,16 +297,16 @@ async def _answer(body: dict[str, Any]) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
         return
     text = ("Aye, Odile Pratt tends the lighthouse at Vellmoor, by the tide." if tuned
-            else f"It says {body['messages'][-1]['content']}." if body.get("tools")
+            else f"It says {said}." if body.get("tools")
             else "I'm not sure who tends the lighthouse at Vellmoor. <b>Lighthouses</b> are often kept by a keeper who lives "
             "close by and looks after the lamp.")
     words = text.split(" ")
-    if "Think" in body["messages"][-1]["content"]:
+    if "Think" in said:
         for thought in ("Who keeps", " <i>lamps</i>?"):
             yield _event_line({"choices": [{"index": 0, "delta": {"reasoning_content": thought}}]})
         words = [] if tuned else words
     for i, word in enumerate(words):
-        await asyncio.sleep(0.04)
+        await asyncio.sleep(0.5 if said == "And now?" else 0.04)
         yield _event_line({"choices": [{"index": 0, "delta": {"content": word + " " * (i + 1 < len(words))}}]})
     yield _event_line({"choices": [], "usage": {"prompt_tokens": 12, "completion_tokens": len(words), "total_tokens": 0}})
     yield "data: [DONE]\n\n"

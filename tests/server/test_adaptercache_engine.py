@@ -17,7 +17,7 @@ from coserve.server.link.messages import AdapterRef, merge_tokens
 from coserve.server.replicas.adaptercache import AdapterCache
 from coserve.server.replicas.artifacts import open_store
 from coserve.server.settings import ServerConfig
-from tests.server.conftest import children
+from tests.server.conftest import children, processes_of
 from tests.tiny_adapter import write_tiny_adapter
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -64,9 +64,8 @@ def test_requests_on_more_adapters_than_an_engine_may_know(tiny_model: Path, tmp
             assert found == [expected[number] for number in chosen]
             asking = asyncio.gather(*(insist(refs[number]) for number in chosen))
             await asyncio.sleep(0.2)
-            for pid in children(os.getpid()):
-                if b"enginemain" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
+            for pid in processes_of("enginemain", children(os.getpid())):
+                os.kill(pid, signal.SIGKILL)
             assert await asking == [expected[number] for number in chosen]
             assert engine.generation == 2 and len(cache.names) <= 3 + 1
         finally:

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("agent_clients.py")
 PYTHON = Path(os.environ.get("COSERVE_AGENTS_PYTHON", ROOT / ".venv-agents" / "bin" / "python"))
 """Of the environment with these clients."""
-TIME_S = 200.0
-"""For all cases, which take a quarter of it on two idle cores."""
+TIME_S = 600.0
+"""For all cases, which take less than a tenth of it on two idle cores."""
 
 
 LEAVER = """

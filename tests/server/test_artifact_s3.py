@@ -56,13 +56,15 @@ class S3:
 def s3() -> Iterator[S3]:
     server = S3()
     try:
-        for _ in range(600):
+        for _ in range(1200):
             try:
                 assert server.make_bucket() == 200
                 break
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, TimeoutError):
                 assert server.process.poll() is None
                 time.sleep(0.05)
+        else:
+            raise TimeoutError("the server of S3 does not answer")
         yield server
     finally:
         server.process.kill()

@@ -345,15 +345,14 @@ def test_cancel_fences_the_holder(desk: DeskStore, claims: JobClaims) -> None:
 def test_a_transaction_that_is_left_open_locks_nobody_out(desk: DeskStore, claims: JobClaims) -> None:
     """A process that is stopped (SIGSTOP) within a transaction holds the row's lock: PostgreSQL ends the transaction."""
     add(desk, job("one"))
-    limits = PostgresLimits(idle_s=0.3, lock_s=0.2)
-    stopped = Database(desk.database.url, limits)
+    limits = PostgresLimits(idle_s=1.0, lock_s=0.2)
+    stopped, waiting = (Database(desk.database.url, limits) for _ in range(2))
     with pytest.raises(StorageRefused), stopped.write() as connection:  # noqa: PT012
         connection.execute(text("SELECT 1 FROM jobs WHERE id = 'one' FOR UPDATE"))
-        waiting = Database(desk.database.url, limits)
         with pytest.raises(StorageRefused, match="busy"), waiting.write() as other:
             other.execute(text("SELECT 1 FROM jobs WHERE id = 'one' FOR UPDATE"))
         waiting.close()
-        time.sleep(0.4)
+        time.sleep(1.2)
         assert desk.cancel_job("me", "one").status == "cancelled"
         connection.execute(text("UPDATE jobs SET status = 'running' WHERE id = 'one'"))
     stopped.close()

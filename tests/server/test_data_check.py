@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from coserve.core import CapacityError, InvalidRequest, NotFound
-from coserve.finetune.datacheck import DataCheck
+from coserve.finetune.datacheck import DataCheck, check_data
 from coserve.server.handlers import install_handlers
 from coserve.server.jobs import data
 from coserve.server.routes import finetuning
@@ -186,11 +186,21 @@ def test_mistakes_of_a_body(site: Site) -> None:
         assert param is None or reply.json()["error"]["param"] == param
 
 
-def test_a_client_that_leaves_ends_the_reading(site: Site) -> None:
+def test_a_client_that_leaves_ends_the_reading(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_slowly(*args: Any, on_line: Callable[[float], bool], **limits: Any) -> DataCheck:
+        """Half a minute for the file, on any machine."""
+        def slowly(share: float) -> bool:
+            time.sleep(0.01)
+            return on_line(share)
+
+        return check_data(*args, on_line=slowly, **limits)
+
+    monkeypatch.setattr(data, "check_data", check_slowly)
+    monkeypatch.setattr(data, "LOOK_S", 60.0)
     file = site.upload(chat_lines(11) * 300)
     with pytest.raises(httpx.ReadTimeout):
         site.post({"model": "some/Base-1", "training_file": file}, timeout=0.3)
     turns, began = site.bench.jobs._reader._turns, time.monotonic()
     while turns._free < data.MAX_AT_WORK:
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         time.sleep(0.01)

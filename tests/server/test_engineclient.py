@@ -485,10 +485,11 @@ def test_a_job_is_refused_paused_and_cancelled(loop: Loop, tmp_path: Path) -> No
     start_job(loop, tmp_path, "long", config=endless)
     loop.wait(lambda: any(m.id == "long" and isinstance(m, JobHappened) and m.row for m in loop.job_messages))
     loop.act_job("long", "pause")
-    loop(asyncio.sleep(0.3))
-    count = len(loop.job_messages)
-    loop(asyncio.sleep(0.3))
-    assert len(loop.job_messages) == count
+    count, limit = -1, time.monotonic() + 20
+    while len(loop.job_messages) != count:
+        assert time.monotonic() < limit, "it goes on"
+        count = len(loop.job_messages)
+        loop(asyncio.sleep(0.5))
     loop.act_job("long", "resume")
     loop.wait(lambda: len(loop.job_messages) > count)
     loop.act_job("long", "cancel")
@@ -545,7 +546,7 @@ def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: 
         return seconds
 
     downs = len(loop.downs)
-    assert loop(kill()) < 1.0
+    assert loop(kill()) < 5.0
     assert len(loop.downs) == downs + 1
     loop.wait(lambda: loop.client.ready)
     assert (loop.client.generation, loop.client.supervisor.num_restarts) == (generation + 1, restarts + 1)

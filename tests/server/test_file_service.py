@@ -202,6 +202,7 @@ from coserve.server.index.store import Store
 
 root = Path(sys.argv[1])
 service = FileService(root / "files", Store(f"sqlite:///{root}/coserve.db"), 1 << 30, 1 << 40)
+service.save_result("bob", "second.csv", b"2" * 300_000)
 print("ready", flush=True)
 while True:
     first = service.save_result("alice", "first.csv", b"1" * 300_000)

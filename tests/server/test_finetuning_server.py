@@ -17,7 +17,7 @@ from tests.server.conftest import RunningServer, StartServer, single_server, wai
 from tests.tiny_directory import chat_lines
 
 pytestmark = pytest.mark.full
-STEPS = 60
+STEPS = 120
 
 
 def client_of(server: RunningServer) -> openai.OpenAI:

@@ -167,14 +167,14 @@ def test_a_job_that_waits_for_the_disk_is_started_once_in_the_next_engine(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story(bench: Bench) -> None:
-        monkeypatch.setattr(runner, "RETRY_S", 0.2)
+        monkeypatch.setattr(runner, "RETRY_S", 1.0)
         bench.engine.refusal = StorageRefused("the disk is full")
         job = await bench.create()
         await until(lambda: bool(bench.messages(job.id)) and "can't start yet" in bench.messages(job.id)[-1])
         bench.engine.die()
         bench.engine.refusal = None
         await bench.engine.rise()  # before the first one's wait is over
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.3)
         assert len(bench.engine.starts) == 2, "one in each engine: a second would be refused, and the job fail"
         assert bench.jobs.get("me", job.id).status == "running"
 

@@ -177,6 +177,7 @@ def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_pat
         engine = server.engine_pid
         if target == "engine":
             kill(engine)
+            wait_until(lambda: bool({*server.engine_pids} - {engine}), 90)  # noqa: B023  # before, it may not know yet
             wait_until(lambda: server.is_ready, 90)  # noqa: B023
             continue
         if target == "stop":

@@ -58,11 +58,12 @@ def test_a_killed_rank_is_named_and_the_service_comes_back(start_server: StartSe
 def test_a_rank_that_hangs_is_noticed_and_ended(start_server: StartServer) -> None:
     """The system kills it with the engine's process, though it is stopped."""
     server = start_server(*RANKS, "--watchdog-timeout", "3")
-    before, rank = answer(server), rank_pid(server)
+    before, rank, engine = answer(server), rank_pid(server), server.engine_pid
     os.kill(rank, signal.SIGSTOP)
     body = {"model": server.model_name, "prompt": "The tower", "max_tokens": 8}
     assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 503
     wait_until(lambda: not is_alive(rank), 15)
+    wait_until(lambda: bool({*server.engine_pids} - {engine}), 60)
     wait_until(lambda: server.is_ready, 60)
     assert answer(server) == before
     assert "it hangs" in server.log

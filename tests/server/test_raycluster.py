@@ -73,7 +73,7 @@ def cluster() -> Iterator[Any]:
     patch = pytest.MonkeyPatch()
     for name, value in {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2", "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2", "RAY_health_check_timeout_ms": "10000",
         "RAY_memory_monitor_refresh_ms": "0", "RAY_enable_metrics_collection": "0", "RAY_prestart_worker_first_driver": "0",
     }.items():
         patch.setenv(name, value)
@@ -126,7 +126,7 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         lost = next(name for name in names if raylets[name] != head)
         before, stays = made.serving(lost)[-1], [name for name in names if name != lost]
         os.kill(raylets[lost], signal.SIGKILL)  # a machine
-        made.until(lambda: not is_alive(before[1]), 10)
+        made.until(lambda: not is_alive(before[1]), 30)
         assert all(is_alive(pid) for name in stays for pid in made.serving(name)[-1])
         made.until(lambda: not fleet.ready)
         assert fleet.serving == 2
@@ -255,7 +255,7 @@ def test_a_cluster_without_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, ca
         )
         env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64, "PYTHONPATH": f"{SOURCE}:{ROOT}"}
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False, timeout=60)
+            [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False, timeout=180)
         assert done.stdout.startswith("ray_address: ") and "takes commands without a token" in done.stdout, done
     finally:
         with contextlib.suppress(Exception):

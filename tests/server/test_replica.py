@@ -14,7 +14,7 @@ from coserve.core import CoserveError
 from coserve.server.link import supervisor
 from coserve.server.replicas.replica import run_replica
 from coserve.server.settings import ServerConfig
-from tests.server.conftest import children
+from tests.server.conftest import children, processes_of
 from tests.tiny_directory import build_tiny_directory
 
 pytest_plugins = ["tests.server.postgres"]
@@ -43,8 +43,7 @@ def test_a_replica_ends_when_its_engine_is_given_up(
         async with asyncio.timeout(120):
             running = asyncio.create_task(run_replica(config, stop=asyncio.Event(), report=report))
             await asyncio.wait([running, asyncio.create_task(serves.wait())], return_when=asyncio.FIRST_COMPLETED)
-            (engine,) = [
-                pid for pid in children(os.getpid()) if b"enginemain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            (engine,) = processes_of("enginemain", children(os.getpid()))
             model.rename(tmp_path / "gone")
             os.kill(engine, signal.SIGKILL)
             with pytest.raises(CoserveError, match="the engine's process died 1 times before it was ready"):

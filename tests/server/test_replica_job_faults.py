@@ -188,7 +188,7 @@ def test_a_job_that_no_replica_can_resume_fails(
     play: PlayFleet, monkeypatch: pytest.MonkeyPatch, param: str, starts: int
 ) -> None:
     """One whose data have changed fails at once; other kernels are tried everywhere."""
-    monkeypatch.setattr(jobsearch, "DECLINED_S", 0.3)
+    monkeypatch.setattr(jobsearch, "DECLINED_S", 2.0)
     monkeypatch.setattr(jobsearch, "HOPELESS_S", 0.1)
 
     async def story(fleet: Fleet) -> None:

@@ -440,7 +440,7 @@ def test_a_job_that_kills_engines_is_given_up_whoever_has_it(play: PlayFleet) ->
             member.engine.die(EngineEnd("it crashed", (member.run_of(job),), guilty=True))
             if number == 2:
                 break
-            await asyncio.sleep(0.1)
+            await member.jobs._runner.journal.write(lambda: None)  # after what has been told to it
             await member.jobs.drain()
             await member.engine.rise()
             await fleet.join()

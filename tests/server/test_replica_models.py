@@ -232,8 +232,9 @@ def test_adapters_from_outside(place: Place) -> None:
         await models.load("me", "mine", "x", replace=True)
         second = (await models.prepare("me", "mine")).adapter
         assert second is not None and second.name != first.name and models.find_record("me", "mine").version == 1
-        await asyncio.sleep(0.05)
-        assert place.num_adapters == 1 and not place.artifacts.exists(first.uri)
+        async with asyncio.timeout(10):
+            while place.num_adapters != 1 or place.artifacts.exists(first.uri):
+                await asyncio.sleep(0.01)
         await models.unload("me", "mine")
         for call in (models.unload("me", "mine"), models.prepare("me", "mine")):
             with pytest.raises(NotFound):

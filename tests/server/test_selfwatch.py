@@ -22,14 +22,16 @@ def test_a_loop_that_stands_still_is_logged_with_its_stack_and_at_last_ends_the_
             for _ in range(20):
                 await asyncio.sleep(0.02)
             assert not caplog.records and not left
-            time.sleep(0.25)  # the loop stands still
+            time.sleep(0.4)  # the loop stands still
             await asyncio.sleep(0.05)
             assert not left
-            time.sleep(1.0)
+            limit = time.monotonic() + 10
+            while not left and time.monotonic() < limit:
+                time.sleep(0.05)
 
     asyncio.run(run())
     told = [record.getMessage() for record in caplog.records]
-    assert "stands still" in told[0] and "time.sleep(0.25)" in told[0]
+    assert "stands still" in told[0] and "time.sleep(0.4)" in told[0]
     assert left and left[0] == 1
 
 
@@ -41,7 +43,10 @@ def test_a_journal_that_does_not_get_on_is_a_problem_but_no_end(caplog: pytest.L
         with SelfWatch(asyncio.get_running_loop(), lambda: busy, 60, look_every_s=0.01) as watch:
             assert watch.problem is None
             busy = 61.0
-            await asyncio.sleep(0.1)
+            async with asyncio.timeout(5):
+                while not caplog.records:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)  # for more looks
             assert watch.problem is not None and "for 61 s" in watch.problem
             busy = 0.0
             assert watch.problem is None
