@@ -316,8 +316,9 @@ def test_real_replicas_behind_one_address(tmp_path: Path, postgres_url: str) -> 
             process.send_signal(signal.SIGTTIN)
             wait_for(lambda: "all 2 replicas and the ingress are ready" in log.read_text(), process, log)
             text = complete(port, str(model))
-            engines = engines_below(process.pid)
+            engines = those_below(process.pid, b"coserve.server.link.enginemain")
             assert len(engines) == 2
+            assert those_below(process.pid, b"raylet") and not those_below(process.pid, b"log_monitor")
             os.kill(parent_of(engines[0]), signal.SIGKILL)  # a replica: its engine's parent
             assert complete(port, str(model)) == text
             wait_for(lambda: not is_alive(engines[0]), process, log)  # it notices by itself; the request may be faster
@@ -346,12 +347,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
         time.sleep(0.2)
 
 
-def engines_below(ancestor: int) -> list[int]:
-    """Engine processes among a process's descendants, in order of their numbers."""
+def those_below(ancestor: int, name: bytes) -> list[int]:
+    """Processes among a process's descendants with a name in their commands, in order of their numbers."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if b"coserve.server.link.enginemain" not in (place / "cmdline").read_bytes():
+            if name not in (place / "cmdline").read_bytes():
                 continue
             pid = parent = int(place.name)
             while parent > 1 and parent != ancestor:

@@ -190,6 +190,12 @@ class RayFleet:
         self.report("starting Ray on this machine ...")
         self._init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
                    num_cpus=len(os.sched_getaffinity(0)))
+        # Nobody reads what it finds, and it takes as much processor time as the rest of Ray's services on an idle machine.
+        # ray.init has no option to leave it out, so this uses a name that Ray doesn't promise to keep.
+        worker = getattr(getattr(self._ray, "_private", None), "worker", None)
+        end = getattr(getattr(worker, "_global_node", None), "kill_log_monitor", None)
+        if end is not None:
+            end(check_alive=False)
 
     def _join(self, address: str) -> None:
         require(os.environ.get("RAY_AUTH_MODE", "").lower() in ("token", "k8s"), "ray_address", (
