@@ -60,7 +60,7 @@ def reply(source: str, content: str, calls: list[tuple[str, Any]]) -> str:
     text = template.render([question, turn], add_generation_prompt=False)
     assert text.startswith(prompt)
     ends = ("<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>")
-    return min((text[len(prompt) :].partition(end)[0] for end in ends), key=len)
+    return text[len(prompt) : max(map(text.rfind, ends))]  # the last one ends the turn; arguments may hold others
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -86,6 +86,14 @@ def test_calls_that_a_template_writes_are_read_again(family: str, data: st.DataO
     text, calls = read(ChatTemplate(FAMILIES[family], {"eos_token": "</s>"}).tool_prompt.call_format, written)
     assert text == ""
     assert [(name, json.loads(arguments)) for name, arguments in calls] == drawn
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_xml"])
+def test_arguments_may_hold_what_ends_a_turn(family: str) -> None:
+    drawn = [("get_weather", {"</s>": "a<|im_end|>b", "city": "<|eot_id|></s>"})]
+    written = reply(FAMILIES[family], "", drawn)
+    text, calls = read(ChatTemplate(FAMILIES[family], {"eos_token": "</s>"}).tool_prompt.call_format, written)
+    assert (text, [(name, json.loads(arguments)) for name, arguments in calls]) == ("", drawn)
 
 
 @pytest.mark.parametrize("family", ["hermes", "smollm3", "qwen3_xml", "mistral_v11"])
