@@ -58,6 +58,9 @@ class PlayedEngine:
     async def stats(self) -> dict[str, Any]:
         return {"running": 1, "memory": {"used": 1, "block_bytes": 4}}
 
+    def charge_tenants(self, tokens: dict[str, int]) -> None:
+        """Every second; nobody has turns here."""
+
     def relay(self, message: Generate, make: StreamMaker) -> RequestStream:
         if self.broken is not None:
             self.num_refused += 1
@@ -130,7 +133,7 @@ class Played:
             id=f"replica-{number}", kind="engine", address=self.socket.address, public_key=self.keys.public.decode(),
             node="here", info=describe_engine(info),
         )
-        self.number = 0
+        self.number, self.frozen = 0, False
         self.reader = asyncio.create_task(self.socket.read())
         self.beater = asyncio.create_task(self._beat())
 
@@ -144,10 +147,10 @@ class Played:
         """As SIGSTOP: nothing is read or said any more."""
         self.reader.cancel()
         self.beater.cancel()
-        self.engine.hold = True
+        self.engine.hold = self.frozen = True
 
     def thaw(self) -> None:
-        self.engine.hold = False
+        self.engine.hold = self.frozen = False
         self.reader, self.beater = asyncio.create_task(self.socket.read()), asyncio.create_task(self._beat())
 
     async def close(self) -> None:
@@ -195,8 +198,8 @@ class Site:
 
     @property
     def busy(self) -> Played:
-        """The replica that has a request."""
-        return next(replica for replica in self.replicas if replica.link.num_requests)
+        """The replica that works on a request."""
+        return next(replica for replica in self.replicas if replica.link.num_requests and not replica.frozen)
 
     def ask(
         self, tokens: int = 40, seed: int = 1, n: int = 1, prompt: Sequence[int] = (1, 2, 3), **fields: Any
