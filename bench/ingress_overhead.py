@@ -26,7 +26,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -53,7 +53,8 @@ FIGURES = ("ttft_ms", "itl_ms")
 
 @dataclass(slots=True)
 class Served:
-    """A server and what its clients have seen. spans: (figure, when it began, when it ended)."""
+    """A server and what its clients have seen. pids: all its processes, which are in several process groups. spans: (figure,
+    when it began, when it ended)."""
 
     server: HealthyServer
     pids: list[int]
@@ -87,7 +88,9 @@ async def stream(client: httpx.AsyncClient, served: Served, body: dict[str, Any]
 
 
 @contextlib.asynccontextmanager
-async def clients(served: Served, model: str, count: int, source: Callable[[int], list[int]], draw: Random) -> Any:
+async def clients(
+    served: Served, model: str, count: int, source: Callable[[int], list[int]], draw: Random
+) -> AsyncIterator[None]:
     """So many clients, each with one request after another, until the context ends."""
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         async def work() -> None:
@@ -151,7 +154,7 @@ def compare(turns: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         kept = apart[cut : len(apart) - cut]
         found[figure] = {
             "direct": median(direct[figure] for direct, _ in pairs), "difference": fmean(kept),
-            "error": stdev(kept) / len(kept) ** 0.5,
+            "error": stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else 0.0,
         }
     return found
 

@@ -26,7 +26,7 @@ from coserve.config.settings import parse_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = (sys.executable, str(Path(__file__).with_name("gpu_stub_parts.py")))
-SHORT_S = {"hangs": 8.0, "hangs-at-once": 5.0, "no-time": 1.0}
+SHORT_S = {"hangs": 3.5, "hangs-at-once": 2.0, "no-time": 1.0}
 """Seconds after which a stub is killed; others have more than they need."""
 
 
@@ -90,12 +90,12 @@ def test_parts_that_fail_cost_only_themselves(tmp_path: Path) -> None:
 def test_a_part_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
     begin = time.monotonic()
     ran = Ran(tmp_path, "hangs", "hangs-at-once", "good")
-    assert time.monotonic() - begin < 50, "the stubs would sleep for a minute"
+    assert time.monotonic() - begin < 20
     assert ran.code == 1 and [outcome.status for outcome in ran.course.outcomes] == ["failed", "failed", "ok"]
     assert ran.values("hangs") == [1]
     assert not alive(int((tmp_path / "pid").read_text()))
     assert any("took too long" in reason for reason in ran.outcomes["hangs"].reasons)
-    assert any("killed after 5 s" in reason for reason in ran.outcomes["hangs-at-once"].reasons)
+    assert any("killed after 2 s" in reason for reason in ran.outcomes["hangs-at-once"].reasons)
     for name in ("hangs", "hangs-at-once"):
         assert "gpu_stub_parts.py" in ran.outcomes[name].tail, "where it hung is told"
 

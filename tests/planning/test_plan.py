@@ -232,9 +232,9 @@ def test_llama_70b_meets_the_projects_targets(large: Case, limit: float, ratio: 
 
 
 def test_llama_70b_is_planned_in_five_seconds(models: Path) -> None:
-    start = time.process_time()
+    start = time.perf_counter()
     found = make_case(models / "llama-70b", targets=("down_proj",), itemsize=2).estimate(7.9 * GB)
-    assert time.process_time() - start < 5
+    assert time.perf_counter() - start < 5
     assert len(found.curve) >= 12
 
 
@@ -391,7 +391,7 @@ def test_plan_as_json(plan: Run, models: Path, smollm2: Case) -> None:
     assert "sdpa" in peft_saves["attention_path"]
     kv = 30 * 2 * 3 * 64 * 4  # layers, K and V, heads, features, bytes
     assert data["kv_cache"] == {"bytes_per_token": kv, "bytes_per_token_per_rank": {"1": kv, "3": kv // 3}}
-    assert data["seconds"]["plan"] < 15, "5 on a machine that does nothing else"
+    assert data["seconds"]["plan"] < 5
 
 
 def test_plan_writes_files_and_says_the_same_on_the_terminal(plan: Run, models: Path, tmp_path: Path) -> None:

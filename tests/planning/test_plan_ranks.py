@@ -70,7 +70,7 @@ def test_every_candidate_is_listed_with_its_cost_the_chosen_one_first(plan: Any)
 
 def test_70b_on_8_ranks_is_planned_in_five_seconds(plan: Any) -> None:
     data = plan(LARGE, "--tensor-parallel-size", "8", "--dtype", "bfloat16", "--target-modules", "all-linear")
-    assert data["seconds"]["plan"] < 15, "5 on a machine that does nothing else"
+    assert data["seconds"]["plan"] < 5
 
 
 def test_each_rank_holds_its_share(plan: Any) -> None:

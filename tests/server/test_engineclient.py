@@ -546,7 +546,7 @@ def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: 
         return seconds
 
     downs = len(loop.downs)
-    assert loop(kill()) < 5.0
+    assert loop(kill()) < 1.0
     assert len(loop.downs) == downs + 1
     loop.wait(lambda: loop.client.ready)
     assert (loop.client.generation, loop.client.supervisor.num_restarts) == (generation + 1, restarts + 1)

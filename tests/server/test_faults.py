@@ -80,11 +80,12 @@ def test_killing_the_engine_fails_what_runs_and_the_next_one_serves(start_server
         began = time.monotonic()
         killed = server.kill_engine()
         response = plain.result(timeout=10)
+        assert time.monotonic() - began < 2
         assert response.status_code == 503, response.text
         assert response.json()["error"]["code"] == "engine_unavailable"
         assert response.headers["retry-after"]
         stream.thread.join(10)
-    assert stream.ended is not None and stream.ended - began < 10
+    assert stream.ended is not None and stream.ended - began < 2
     assert json.loads(stream.events[-1])["error"]["code"] == "engine_unavailable"
     wait_until(lambda: server.is_ready, 60)
     assert server.engine_pid != killed
@@ -99,7 +100,7 @@ def test_requests_while_the_engine_is_down_are_told_so_at_once(start_server: Sta
     began = time.monotonic()
     response = chat(server)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 2
     assert httpx.get(f"{server.url}/v1/models", timeout=5).status_code == 200
 
 
@@ -108,7 +109,7 @@ def test_killing_the_api_ends_the_engine_and_frees_the_data(start_server: StartS
     engines = server.engine_pids
     stream = Stream(server)
     os.kill(server.pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(is_alive, engines)), 10)
+    wait_until(lambda: not any(map(is_alive, engines)), 2)
     stream.thread.join(10)
     again = start_server(data_dir=server.data_dir)
     assert chat(again, max_tokens=3).status_code == 200

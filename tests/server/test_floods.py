@@ -222,7 +222,7 @@ def flood(url: str, over: Event) -> None:
     """300 streams of tenant a, begun anew as they end; in a process of its own, as one loop can't feed both tenants."""
     async def one(client: httpx.AsyncClient, number: int) -> None:
         while not over.is_set():
-            with contextlib.suppress(httpx.TransportError):  # a connection that the server had closed, or is slow to take
+            with contextlib.suppress(httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):  # the server had closed it
                 await streamed(client, "a", max_tokens=100, seed=number)
 
     async def play() -> None:

@@ -392,7 +392,7 @@ def test_what_one_replica_has_no_room_for_goes_to_another_and_is_refused_at_once
         began = asyncio.get_running_loop().time()
         with pytest.raises(CapacityError, match="full"):
             await collect(site.ask())
-        assert asyncio.get_running_loop().time() - began < 2
+        assert asyncio.get_running_loop().time() - began < 0.2
 
     run(3, story)
 
@@ -526,7 +526,7 @@ def test_many_requests_that_move_together_hold_up_nothing(monkeypatch: pytest.Mo
             replica.freeze()
         await until(lambda: not site.pool.ready)
         await asyncio.sleep(0.05)
-        assert len(tried) <= 600
+        assert len(tried) <= 400
         for stream in streams:
             await stream.aclose()
 

@@ -126,7 +126,7 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         lost = next(name for name in names if raylets[name] != head)
         before, stays = made.serving(lost)[-1], [name for name in names if name != lost]
         os.kill(raylets[lost], signal.SIGKILL)  # a machine
-        made.until(lambda: not is_alive(before[1]), 30)
+        made.until(lambda: not is_alive(before[1]), 10)
         assert all(is_alive(pid) for name in stays for pid in made.serving(name)[-1])
         made.until(lambda: not fleet.ready)
         assert fleet.serving == 2

@@ -150,7 +150,7 @@ def test_trying_a_grammar_holds_up_nobody(site: Site) -> None:
         quick += asking.is_alive()
     asking.join()
     assert replies == [400]
-    assert quick > 0, f"{quick} in {time.monotonic() - began:.1f} s"
+    assert quick > 3, f"{quick} in {time.monotonic() - began:.1f} s"
     began = time.monotonic()
     assert send(site.port, CHAT_PATH, slow).status == 400
     assert time.monotonic() - began < 1, "it is remembered"

@@ -6,8 +6,8 @@
 The engine can make chunks faster than the API process reads them. Nothing is lost by that, and nobody waits longer: while two
 batches are on their way, new chunks of one output become one chunk, so that a batch holds at most one chunk of each output.
 
-Reports of the engine's load travel with a batch that leaves anyway, if one leaves at about the right time: waking up the
-processes between an engine and its readers costs more than the report.
+Reports of the engine's load travel with a batch that leaves anyway, if one leaves at about the right time: a message of its own
+would wake up all processes between the engine and its readers, which hold up an engine that computes on all cores.
 
 Owns: the socket, the order of what is sent, waking up, when the load is reported. Does not own: what messages mean
 (enginehost.py).

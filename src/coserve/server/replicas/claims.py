@@ -181,8 +181,8 @@ class JobClaims:
 
 @cache
 def _claim_statement(may_run: bool, may_validate: bool, from_others: bool) -> ReturningUpdate[Any]:
-    """What JobClaims.claim executes, with its other parameters and what claims it as bound values. It is asked for every second
-    and takes longer to be put together than to be executed."""
+    """What JobClaims.claim executes, with its other parameters and what claims it as bound values. It is needed every
+    second, so it is put together once."""
     other = jobs.alias("other")
     running = (
         select(func.count()).select_from(other).where(

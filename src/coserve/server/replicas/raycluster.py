@@ -19,6 +19,7 @@ only module that imports Ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -179,8 +180,7 @@ class RayFleet:
             self.config = with_settled_dtype(config, self.report)
         self.report(f"Ray {self._ray.__version__} with {len(machines)} nodes; {config.replicas} replicas of {self._needs} each")
         own = self._ray.get_runtime_context().get_node_id()
-        # Its address is this machine's, and it ends with this command: an actor would only cost processor time, as Ray wakes up
-        # each of its processes a hundred times a second.
+        # Its address is this machine's, and it ends with this command: an actor would only cost processor time.
         setup = write_setup(FleetSetup(config=self.config, keys=self._keys))
         ingress = ProcessHost("ingress", setup, towards=self._towards, module=self._module, place=lambda: str(own))
         self._hosted.append(_Hosted("ingress", "ingress", own, host=ingress))
@@ -190,12 +190,10 @@ class RayFleet:
         self.report("starting Ray on this machine ...")
         self._init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
                    num_cpus=len(os.sched_getaffinity(0)))
-        # Nobody reads what it finds, and it takes as much processor time as the rest of Ray's services on an idle machine.
-        # ray.init has no option to leave it out, so this uses a name that Ray doesn't promise to keep.
-        worker = getattr(getattr(self._ray, "_private", None), "worker", None)
-        end = getattr(getattr(worker, "_global_node", None), "kill_log_monitor", None)
-        if end is not None:
-            end(check_alive=False)
+        # It takes processor time, and nobody reads what it finds. ray.init has no option to leave it out. Ray doesn't promise
+        # to keep this name; without it, the log monitor just runs.
+        with contextlib.suppress(Exception):
+            self._ray._private.worker._global_node.kill_log_monitor(check_alive=False)
 
     def _join(self, address: str) -> None:
         require(os.environ.get("RAY_AUTH_MODE", "").lower() in ("token", "k8s"), "ray_address", (

@@ -64,7 +64,7 @@ class LoopSocket:
 
     ZeroMQ's descriptor says that something has changed, once; then all that has come must be read, and also after each message
     that was sent, since sending reads what the descriptor would have told. (pyzmq's own sockets for asyncio make a future, two
-    callbacks and a timer of each message, which takes three times as long.)
+    callbacks and a timer of each message.)
     """
 
     def __init__(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
@@ -83,20 +83,25 @@ class LoopSocket:
     async def read(self) -> None:
         """Passes on all messages, until this is cancelled. Raises what `on_message` raises."""
         loop = asyncio.get_running_loop()
-        self._reading, descriptor = loop.create_future(), self._socket.fileno()
-        loop.add_reader(descriptor, self._take)
+        reading = self._reading = loop.create_future()
+        loop.add_reader(self._socket.fileno(), self._take)
         self._take()
         try:
-            await self._reading
+            await reading
         finally:
-            self._reading = None
-            loop.remove_reader(descriptor)
+            if self._reading is reading:
+                self._stop_reading()
 
     def close(self) -> None:
         """Closes the socket; nothing more is sent."""
-        if self._reading is not None:
-            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._stop_reading()
         self._socket.close(linger=0)
+
+    def _stop_reading(self) -> None:
+        """Before the socket is closed: the next one that is opened may get the number of its descriptor."""
+        if self._reading is not None:
+            self._reading = None
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
 
     def _flush(self) -> None:
         waiting, self._parts = self._parts, {}
